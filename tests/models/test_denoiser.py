@@ -1,0 +1,254 @@
+"""WanDenoiser against diffsynth's own functional forward, and against the original code's recorded outputs."""
+
+import copy
+import json
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffsynth.models.wan_video_dit import set_to_torch_norm
+from diffsynth.pipelines.wan_video import model_fn_wan_video
+
+from wan_accel.models.attention import rope_table
+from wan_accel.models.denoiser import WanDenoiser, sinusoidal_embedding
+from wan_accel.models.dit import (
+    AnimateSize,
+    animate_size_from_shapes,
+    build_animate_adapter,
+    build_dit,
+    dit_size_from_shapes,
+)
+from wan_accel.models.variants import VARIANTS, DitSize
+
+GOLDENS = Path(os.environ.get("WAN_ACCEL_GOLDENS", Path(__file__).parents[1] / "golden")) / "model"
+TINY = dict(dim=96, ffn_dim=192, num_layers=6, num_heads=8, out_dim=16, freq_dim=64, text_dim=32)
+TINY_ADAPTER = AnimateSize(
+    dim=96,
+    num_heads=8,
+    num_face_blocks=2,
+    motion_channels=(2, 3, 4, 4, 6, 6, 8, 8),
+    motion_dim=32,
+    face_width=16,
+)
+
+
+def randomise(module: torch.nn.Module, seed: int = 0) -> None:
+    """Random weights everywhere: the default initialisation leaves norms and biases at values that hide errors."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if not name.endswith(".kernel"):
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1 + (parameter.ndim == 1)
+
+
+def animate_inputs(batch: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(batch, *shape, generator=generator)
+
+    inputs = dict(
+        hidden_states=rand(16, 3, 6, 8), timestep=torch.tensor([321.7, 950.3])[:batch], text=rand(512, 32),
+        condition=rand(20, 3, 6, 8), clip_features=rand(257, 40), pose_latents=rand(16, 2, 6, 8),
+        face_pixel_values=rand(3, 5, 512, 512).clamp(-1, 1),
+    )  # fmt: skip
+    return {name: value.to(dtype) for name, value in inputs.items()}
+
+
+def precise(module: torch.nn.Module) -> torch.nn.Module:
+    """Let diffsynth's own RMSNorm follow the inputs' dtype: its default casts fp64 down to fp32."""
+    set_to_torch_norm([module])
+    return module
+
+
+def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:
+    return {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+def assert_same_gradients(ours: torch.nn.Module, theirs: list[torch.nn.Module], tolerance: float) -> None:
+    """Every gradient by norm; below 1e-2 of the largest gradient, against that.
+
+    In fp32 the small gradients of queries and keys are differences of large terms: two orders of the same sums
+    give 2e-5 of their own norm. The fp64 runs have no such excuse and show the formulae to be the same.
+    """
+    expected = {name: grad for module in theirs for name, grad in gradients(module).items()}
+    found = gradients(ours)
+    assert found.keys() == expected.keys()
+    largest = max(float(grad.norm()) for grad in expected.values() if grad is not None)
+    for name, grad in found.items():
+        if name.endswith(".kernel"):
+            assert grad is None
+            continue
+        assert grad is not None and expected[name] is not None, name
+        bound = tolerance * max(float(expected[name].norm()), 1e-2 * largest)
+        assert float((grad - expected[name]).norm()) <= bound, name
+
+
+PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
+
+
+@PRECISIONS
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_t2v_equals_diffsynth(batch: int, checkpointing: bool, dtype: torch.dtype, tolerance: float) -> None:
+    dit = build_dit(DitSize(**TINY, in_dim=16)).to(dtype)
+    randomise(dit)
+    dit.to(dtype)
+    oracle = precise(copy.deepcopy(dit))
+    denoiser = WanDenoiser(dit)
+    for block in denoiser.blocks:
+        block.checkpointing = checkpointing
+    inputs = {key: animate_inputs(batch, dtype)[key] for key in ("hidden_states", "timestep", "text")}
+    out = denoiser(**inputs)
+    expected = model_fn_wan_video(
+        oracle, latents=inputs["hidden_states"], timestep=inputs["timestep"], context=inputs["text"]
+    )
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    (out * weights).mean().backward()
+    (expected * weights).mean().backward()
+    assert_same_gradients(denoiser, [oracle], tolerance)
+
+
+@PRECISIONS
+@pytest.mark.parametrize("batch", [1, 2])
+def test_animate_equals_diffsynth(batch: int, dtype: torch.dtype, tolerance: float) -> None:
+    dit = build_dit(DitSize(**TINY, in_dim=36, clip_dim=40))
+    adapter = build_animate_adapter(TINY_ADAPTER)
+    randomise(dit)
+    randomise(adapter, seed=2)
+    dit.to(dtype), adapter.to(dtype)
+    oracle, oracle_adapter = precise(copy.deepcopy(dit)), precise(copy.deepcopy(adapter))
+    denoiser = WanDenoiser(dit, adapter, with_motion_encoder=True)
+    inputs = animate_inputs(batch, dtype)
+    out = denoiser(**inputs)
+    # Reentrant checkpointing inside diffsynth needs a leaf that requires a gradient to train the motion encoder.
+    face = inputs["face_pixel_values"].clone().requires_grad_()
+    expected = model_fn_wan_video(
+        oracle, animate_adapter=oracle_adapter, latents=inputs["hidden_states"], timestep=inputs["timestep"],
+        context=inputs["text"], y=inputs["condition"], clip_feature=inputs["clip_features"],
+        pose_latents=inputs["pose_latents"], face_pixel_values=face,
+    )  # fmt: skip
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    (out * weights).mean().backward()
+    (expected * weights).mean().backward()
+    assert_same_gradients(denoiser, [oracle, oracle_adapter], tolerance)
+
+
+def golden_weights(module: torch.nn.Module, shapes: dict[str, list[int]]) -> None:
+    """The recorded models' weights: PCG64 seeded by the name's crc32 (tests/golden/model/README.md)."""
+    state = {}
+    for name, shape in shapes.items():
+        value = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()))).standard_normal(
+            shape, dtype=np.float32
+        )
+        std = 0.02 if len(shape) < 2 else 1 / np.sqrt(np.prod(shape[1:]))
+        value = value * np.float32(std) + (1 if len(shape) == 1 and name.endswith("weight") else 0)
+        state[name] = torch.from_numpy(value.astype(np.float32))
+    left_out = module.load_state_dict(state, strict=False)
+    assert not left_out.unexpected_keys
+    assert all(name.endswith(".kernel") for name in left_out.missing_keys)
+
+
+def rnd(seed: int, *shape: int) -> torch.Tensor:
+    return torch.from_numpy(
+        np.random.Generator(np.random.PCG64(seed)).standard_normal(shape, dtype=np.float32)
+    )
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def test_original_wanmodel(kind: str) -> None:
+    golden = np.load(GOLDENS / "21_tiny_wanmodel.npz")
+    shapes = json.loads((GOLDENS / f"21_{kind}_param_shapes.json").read_text())
+    dit = build_dit(dit_size_from_shapes(shapes, num_heads=4))
+    golden_weights(dit, shapes)
+    with torch.no_grad():
+        out = WanDenoiser(dit, text_length=8)(
+            rnd(1, 16, 3, 4, 6)[None], torch.tensor([321.0]), F_pad(rnd(3, 5, 24), 8),
+            condition=rnd(2, 20, 3, 4, 6)[None] if kind == "i2v" else None,
+        )  # fmt: skip
+    key = next(
+        name for name in golden.files if name.startswith(kind) and "out" in name and "token" not in name
+    )
+    np.testing.assert_allclose(out[0].numpy(), golden[key].reshape(out[0].shape), atol=1e-4)
+
+
+def test_original_animate() -> None:
+    golden = np.load(GOLDENS / "22_tiny_animate.npz")
+    shapes = json.loads((GOLDENS / "22_animate_param_shapes.json").read_text())
+    dit, adapter = (
+        build_dit(dit_size_from_shapes(shapes, num_heads=4)),
+        build_animate_adapter(animate_size_from_shapes(shapes)),
+    )
+    denoiser = WanDenoiser(dit, adapter, with_motion_encoder=True, text_length=8)
+    golden_weights(denoiser, shapes)
+    y, x = np.mgrid[0:512, 0:512] / 511.0
+    face = np.stack(
+        [
+            [np.sin(3 * x + 0.3 * t + c) * np.cos(2 * y - 0.2 * t + 0.5 * c) for t in range(9)]
+            for c in range(3)
+        ]
+    )
+    with torch.no_grad():
+        faces = torch.from_numpy(face.astype(np.float32))[None]
+        motion = denoiser.encode_motion(faces)
+        np.testing.assert_allclose(motion[0].numpy(), golden["motion_vec"].reshape(9, 512), atol=1e-4)
+        tokens = denoiser.face_encoder(motion)
+        np.testing.assert_allclose(tokens[0].numpy(), golden["face_encoder_out"].reshape(3, 5, 64), atol=1e-4)
+        out = denoiser(
+            rnd(11, 16, 4, 4, 6)[None], torch.tensor([700.0]), F_pad(rnd(15, 5, 24), 8), condition=rnd(12, 20, 4, 4, 6)[None],
+            pose_latents=rnd(13, 1, 16, 3, 4, 6), clip_features=rnd(14, 1, 257, 1280), motion_vectors=motion,
+        )  # fmt: skip
+    np.testing.assert_allclose(out[0].numpy(), golden["out"].reshape(out[0].shape), atol=1e-4)
+
+
+def test_original_rope_and_time_embedding() -> None:
+    golden = np.load(GOLDENS / "20_contract.npz")
+    embedding = sinusoidal_embedding(torch.from_numpy(golden["sinusoid_t"].ravel()), 256)
+    np.testing.assert_allclose(embedding.numpy(), golden["sinusoid_256"], atol=1e-6)
+    from wan_accel.models.attention import apply_rope
+
+    x = torch.from_numpy(golden["rope_x"])[:, :36].float()
+    grid = tuple(int(n) for n in golden["rope_grid"].ravel())
+    cos, sin = rope_table(grid, 128, torch.device("cpu"))
+    out = apply_rope(x.flatten(2), cos, sin, x.shape[2]).unflatten(-1, (x.shape[2], -1))
+    np.testing.assert_allclose(out.numpy(), golden["rope_out"][:, :36], atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("animate-14b", 16.395),
+        ("t2v-a14b", 14.288),
+        ("i2v-a14b", 14.289),
+        ("ti2v-5b", 5.000),
+        ("t2v-1.3b", 1.419),
+    ],
+)
+def test_released_sizes_on_meta(name: str, billions: float) -> None:
+    variant = VARIANTS[name]
+    with torch.device("meta"):
+        dit = build_dit(variant.dit)
+        shapes = {key: tuple(value.shape) for key, value in dit.state_dict().items()}
+        denoiser = WanDenoiser(dit)
+    assert round(sum(p.numel() for p in denoiser.parameters()) / 1e9, 3) == billions
+    assert set(denoiser.state_dict()) == set(shapes)
+    assert dit_size_from_shapes(shapes) == variant.dit
+
+
+def test_missing_and_needless_inputs() -> None:
+    denoiser = WanDenoiser(build_dit(DitSize(**TINY, in_dim=36)))
+    inputs = animate_inputs(1)
+    base = {key: inputs[key] for key in ("hidden_states", "timestep", "text")}
+    with pytest.raises(ValueError, match="needs condition"):
+        denoiser(**base)
+    with pytest.raises(ValueError, match="cannot take pose_latents"):
+        denoiser(**base, condition=inputs["condition"], pose_latents=inputs["pose_latents"])
+
+
+def F_pad(context: torch.Tensor, length: int) -> torch.Tensor:
+    """The recorded models have 8 text tokens, zeros behind a caption's own length."""
+    return torch.nn.functional.pad(context, (0, 0, 0, length - context.shape[0]))[None]

@@ -1,0 +1,158 @@
+"""Our forward for diffsynth's modules: transformer block, face block, head, fp32 linear.
+
+Each class adopts the children and parameters of the module it is made from, so that names in the state dict
+stay the original Wan names. Shapes: B batch, L tokens (of this rank), S text tokens, C model width.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffsynth.models.wan_video_animate_adapter import FaceBlock
+from diffsynth.models.wan_video_dit import DiTBlock, Head, RMSNorm
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from wan_accel.models.attention import SdpaAttention, apply_rope, upcast
+from wan_accel.parallel.ulysses import TokenSpan
+
+NUM_CLIP_TOKENS = 257
+
+
+def adopt(target: nn.Module, source: nn.Module) -> None:
+    """Register `source`'s own parameters and children on `target` under the same names."""
+    for name, parameter in source.named_parameters(recurse=False):
+        target.register_parameter(name, parameter)
+    for name, child in source.named_children():
+        target.add_module(name, child)
+
+
+class Fp32Linear(nn.Linear):
+    """A linear layer that computes in fp32 (fp64 for fp64 weights), whatever its weights' dtype and autocast say.
+
+    The timestep embedding has to be exact: bf16 knows only 294 of the 1000 timesteps.
+    """
+
+    def __init__(self, source: nn.Linear) -> None:
+        super().__init__(source.in_features, source.out_features, device="meta")
+        self.weight, self.bias = source.weight, source.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(upcast(x), upcast(self.weight), upcast(self.bias))
+
+
+class CheckpointedModule(nn.Module):
+    """A module whose forward is recomputed in the backward pass when `checkpointing` is set.
+
+    The switch sits inside `forward`, so that sharding hooks (around `__call__`) gather the parameters once for
+    recomputation and backward together.
+    """
+
+    checkpointing = False
+
+    def forward(self, *args: object) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.compute, *args, use_reentrant=False)
+        return self.compute(*args)
+
+    def compute(self, *args: object) -> Tensor:
+        raise NotImplementedError
+
+
+class WanBlock(CheckpointedModule):
+    """One transformer block: self-attention, cross-attention to text (and CLIP image), feed-forward."""
+
+    def __init__(self, source: DiTBlock) -> None:
+        super().__init__()
+        adopt(self, source)
+        self.num_heads = source.num_heads
+        self.has_image = source.cross_attn.has_image_input
+        for attention in (self.self_attn, self.cross_attn):
+            attention.attn = SdpaAttention(self.num_heads)
+            for module in attention.modules():
+                if isinstance(module, RMSNorm):
+                    module.use_torch_norm = True  # one fused kernel, fp32 inside
+
+    def compute(self, x: Tensor, context: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
+        """Run the block.
+
+        Args:
+            x: (B, L, C).
+            context: (B, [257 +] S, C), CLIP tokens first where the variant has them.
+            modulation: (B, 6, C) fp32, the timestep's share of shift, scale and gate.
+            cos, sin: (L, D/2) fp32.
+        """
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (
+            (upcast(self.modulation) + modulation).unsqueeze(2).unbind(1)
+        )
+        x = add_gated(x, gate_1, self._self_attention(modulate(self.norm1, x, shift_1, scale_1), cos, sin))
+        x = x + self._cross_attention(self.norm3(x), context)
+        return add_gated(x, gate_2, self.ffn(modulate(self.norm2, x, shift_2, scale_2)))
+
+    def _self_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        attention = self.self_attn
+        q = apply_rope(attention.norm_q(attention.q(x)), cos, sin, self.num_heads)
+        k = apply_rope(attention.norm_k(attention.k(x)), cos, sin, self.num_heads)
+        return attention.o(attention.attn(q, k, attention.v(x)))
+
+    def _cross_attention(self, x: Tensor, context: Tensor) -> Tensor:
+        attention = self.cross_attn
+        q = attention.norm_q(attention.q(x))
+        text = context[:, NUM_CLIP_TOKENS:] if self.has_image else context
+        out = attention.attn(q, attention.norm_k(attention.k(text)), attention.v(text))
+        if self.has_image:
+            image = context[:, :NUM_CLIP_TOKENS]
+            out = out + attention.attn(
+                q, attention.norm_k_img(attention.k_img(image)), attention.v_img(image)
+            )
+        return attention.o(out)
+
+
+def modulate(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """norm(x) * (1 + scale) + shift in fp32, returned in x's dtype."""
+    return torch.addcmul(shift, upcast(norm(x)), 1 + scale).to(x.dtype)
+
+
+def add_gated(x: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
+    """x + gate * residual in fp32, returned in x's dtype."""
+    return torch.addcmul(upcast(x), gate, upcast(residual)).to(x.dtype)
+
+
+class WanFaceBlock(CheckpointedModule):
+    """Animate's face adapter: each token attends to the motion tokens of its own latent frame."""
+
+    def __init__(self, source: FaceBlock) -> None:
+        super().__init__()
+        adopt(self, source)
+        self.num_heads = source.heads_num
+
+    def compute(self, x: Tensor, motion: Tensor, span: TokenSpan) -> Tensor:  # type: ignore[override]
+        """Return x plus the adapter's output.
+
+        Args:
+            x: (B, L, C), the tokens `span` of the whole sequence.
+            motion: (B, F, N, C), N motion tokens for each of the F latent frames, reference slot included.
+        """
+        q = self.q_norm(self._heads(self.linear1_q(self.pre_norm_feat(x))))  # (B, L, H, D)
+        k, v = self.linear1_kv(self.pre_norm_motion(span.frames_of(motion))).chunk(2, dim=-1)
+        k, v = self.k_norm(self._heads(k)), self._heads(v)  # (B, f, N, H, D)
+        q = span.to_frames(q).flatten(0, 1).transpose(1, 2)  # (B*f, H, tokens of a frame, D)
+        k, v = (y.flatten(0, 1).transpose(1, 2).to(q.dtype) for y in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        out = span.to_tokens(out.unflatten(0, (x.shape[0], -1)))
+        return x + self.linear2(out.flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
+
+
+class WanHead(nn.Module):
+    """The output layer: modulated norm, then a linear to patch pixels of the velocity."""
+
+    def __init__(self, source: Head) -> None:
+        super().__init__()
+        adopt(self, source)
+
+    def forward(self, x: Tensor, time_embedding: Tensor) -> Tensor:
+        """Map (B, L, C) with the time embedding (B, C) fp32 to (B, L, out_dim * patch)."""
+        shift, scale = (upcast(self.modulation) + time_embedding.unsqueeze(1)).unsqueeze(2).unbind(1)
+        return self.head(modulate(self.norm, x, shift, scale))

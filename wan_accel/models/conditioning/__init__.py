@@ -1,0 +1,1 @@
+"""Encoders that turn captions, images and videos into cached tensors."""
