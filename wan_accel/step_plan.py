@@ -1,0 +1,325 @@
+"""The schedule of a run: which samples an optimizer step has and everything random about them. Pure, torch-free.
+
+A step is a function of (seed, step) alone. How its samples fall on ranks is worked out from it afterwards, so the
+loss does not depend on the layout, and a run can be resumed at any step on any number of ranks.
+
+An ordinary step has `global_batch` samples of one bucket and one expert, so every rank does the same work. What is
+left of each bucket at the end of an epoch (its size modulo the batch) forms mixed steps, which run as several
+micro-steps; a rank without work in one of them runs a copy of a sample with weight 0, as all ranks of a sharded
+model have to take part in its collectives.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from wan_accel.models.variants import Expert
+from wan_accel.objective import NoiseLevels
+
+NO_KNOWN = -1
+
+
+class Bucket(NamedTuple):
+    """Samples of one shape: frames, and height and width in pixels."""
+
+    num_frames: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetIndex:
+    """What the plan has to know of a dataset: a bucket and the number of cached known variants of every row."""
+
+    buckets: tuple[Bucket, ...]
+    num_known: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.buckets) != len(self.num_known):
+            raise ValueError(f"{len(self.buckets)} buckets but {len(self.num_known)} known-variant counts")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleDraw:
+    """One sample of a step. `weight` is 0 for a filler; `known` is -1 for plain animation without known pixels."""
+
+    index: int
+    epoch: int
+    sigma: float
+    noise_seed: int
+    drop_caption: bool = False
+    drop_face: bool = False
+    known: int = NO_KNOWN
+    weight: float = 1.0
+
+    @property
+    def timestep(self) -> float:
+        return 1000.0 * self.sigma
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroStep:
+    """One forward and backward of every rank: `samples[data rank]` is never empty."""
+
+    bucket: Bucket
+    expert: str
+    samples: tuple[tuple[SampleDraw, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """An optimizer step: `num_samples` true samples over all ranks."""
+
+    step: int
+    epoch: int
+    num_samples: int
+    micro_steps: tuple[MicroStep, ...]
+
+
+# Purposes of random numbers: one stream each, so that adding a draw never changes another.
+_ORDER, _STEP_ORDER, _SIGMA, _NOISE, _CAPTION, _FACE, _KNOWN, _SPLIT, _FIXED = range(9)
+
+
+def _mix(value: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Steele et al. 2014): a bijection of uint64 that spreads every bit."""
+    with np.errstate(over="ignore"):
+        value = value + np.uint64(0x9E3779B97F4A7C15)
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return value ^ (value >> np.uint64(31))
+
+
+def _hash(seed: int, purpose: int, epoch: int, items: np.ndarray) -> np.ndarray:
+    """uint64 for each item: the same on every platform, without a state to replay."""
+    key = np.zeros((), dtype=np.uint64)
+    for part in (seed, purpose, epoch):
+        key = _mix(key ^ np.uint64(part % 2**64))
+    return _mix(_mix(items.astype(np.uint64)) ^ key)
+
+
+def _uniform(seed: int, purpose: int, epoch: int, items: np.ndarray) -> np.ndarray:
+    """Uniform in [0, 1) with 53 random bits."""
+    return (_hash(seed, purpose, epoch, items) >> np.uint64(11)).astype(np.float64) / 2**53
+
+
+class StepPlan:
+    """The schedule of a run.
+
+    Args:
+        index: the dataset.
+        seed: of everything random.
+        global_batch: samples of an optimizer step.
+        micro_batch: samples that a rank runs at once.
+        levels: the density of sigma; its range is replaced by the experts'.
+        experts: the experts trained in this run; with two, a sample belongs to the one whose range holds its sigma.
+        caption_dropout, face_dropout: probabilities.
+        rows: rows to train on; all by default (validation rows are left out here).
+
+    Raises:
+        ValueError: no rows, or a batch below 1.
+    """
+
+    def __init__(
+        self,
+        index: DatasetIndex,
+        *,
+        seed: int,
+        global_batch: int,
+        micro_batch: int = 1,
+        levels: NoiseLevels | None = None,
+        experts: Sequence[Expert] = (Expert(name="default"),),
+        caption_dropout: float = 0.0,
+        face_dropout: float = 0.0,
+        rows: Sequence[int] | None = None,
+    ) -> None:
+        self.index = index
+        self.rows = (
+            np.arange(len(index.buckets)) if rows is None else np.asarray(sorted(rows), dtype=np.int64)
+        )
+        if len(self.rows) == 0:
+            raise ValueError("the training split has no rows: lower data.eval.fraction or add clips")
+        if global_batch < 1 or micro_batch < 1:
+            raise ValueError(f"global_batch={global_batch} and micro_batch={micro_batch} must be at least 1")
+        self.seed = seed
+        self.global_batch = global_batch
+        self.micro_batch = micro_batch
+        self.experts = tuple(experts)
+        low, high = min(e.sigma_min for e in experts), max(e.sigma_max for e in experts)
+        levels = levels or NoiseLevels()
+        self.levels = NoiseLevels(
+            density=levels.density, shift=levels.shift, logit_mean=levels.logit_mean, logit_std=levels.logit_std,
+            mode_scale=levels.mode_scale, sigma_min=low, sigma_max=high,
+        )  # fmt: skip
+        self.caption_dropout = caption_dropout
+        self.face_dropout = face_dropout
+        self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.rows) // self.global_batch)
+
+    def step(self, step: int, num_data_ranks: int) -> Step:
+        """The optimizer step `step` (from 0) on `num_data_ranks` ranks."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        groups = self._epoch(epoch)[position]
+        micro_steps: list[MicroStep] = []
+        first_rank = 0
+        for (bucket, expert), rows in groups:
+            draws = [self._draw(int(row), epoch) for row in rows]
+            micro_steps += _deal(bucket, expert, draws, num_data_ranks, self.micro_batch, first_rank)
+            first_rank += len(
+                draws
+            )  # the next group goes on where this one stopped, which evens out the tails
+        return Step(
+            step=step,
+            epoch=epoch,
+            num_samples=sum(len(rows) for _, rows in groups),
+            micro_steps=tuple(micro_steps),
+        )
+
+    def _plan_epoch(self, epoch: int) -> list[list[tuple[tuple[Bucket, str], np.ndarray]]]:
+        """Every step of an epoch as groups of rows, before they are dealt to ranks."""
+        order = self.rows[np.argsort(_hash(self.seed, _ORDER, epoch, self.rows), kind="stable")]
+        groups: dict[tuple[Bucket, str], list[int]] = {}
+        for row in order.tolist():
+            groups.setdefault((self.index.buckets[row], self._expert(row, epoch)), []).append(row)
+        steps, tail = [], []
+        for key in sorted(groups):
+            rows = np.asarray(groups[key])
+            full = len(rows) // self.global_batch * self.global_batch
+            steps += [[(key, batch)] for batch in rows[:full].reshape(-1, self.global_batch)]
+            tail += [(key, row) for row in rows[full:].tolist()]
+        steps += [_by_key(tail[i : i + self.global_batch]) for i in range(0, len(tail), self.global_batch)]
+        shuffled = np.argsort(_hash(self.seed, _STEP_ORDER, epoch, np.arange(len(steps))), kind="stable")
+        return [steps[i] for i in shuffled]
+
+    def _expert(self, row: int, epoch: int) -> str:
+        if len(self.experts) == 1:
+            return self.experts[0].name
+        sigma = self._sigma(row, epoch)
+        return next(
+            e.name for e in self.experts if e.sigma_min <= sigma < e.sigma_max or sigma == e.sigma_max == 1.0
+        )
+
+    def _sigma(self, row: int, epoch: int) -> float:
+        return self.levels.sample(float(_uniform(self.seed, _SIGMA, epoch, np.asarray(row))))
+
+    def _draw(self, row: int, epoch: int) -> SampleDraw:
+        item = np.asarray(row)
+
+        def uniform(purpose: int) -> float:
+            return float(_uniform(self.seed, purpose, epoch, item))
+
+        num_known = self.index.num_known[row]
+        return SampleDraw(
+            index=row,
+            epoch=epoch,
+            sigma=self._sigma(row, epoch),
+            noise_seed=int(_hash(self.seed, _NOISE, epoch, item) >> np.uint64(1)),
+            drop_caption=uniform(_CAPTION) < self.caption_dropout,
+            drop_face=uniform(_FACE) < self.face_dropout,
+            known=int(uniform(_KNOWN) * num_known) if num_known else NO_KNOWN,
+        )
+
+
+def _by_key(items: Sequence[tuple[tuple[Bucket, str], int]]) -> list[tuple[tuple[Bucket, str], np.ndarray]]:
+    groups: dict[tuple[Bucket, str], list[int]] = {}
+    for key, row in items:
+        groups.setdefault(key, []).append(row)
+    return [(key, np.asarray(rows)) for key, rows in groups.items()]
+
+
+def _deal(
+    bucket: Bucket,
+    expert: str,
+    draws: Sequence[SampleDraw],
+    num_ranks: int,
+    micro_batch: int,
+    first_rank: int,
+) -> list[MicroStep]:
+    """Deal samples to ranks in turn, then cut every rank's hand into micro-steps."""
+    hands: list[list[SampleDraw]] = [[] for _ in range(num_ranks)]
+    for position, draw in enumerate(draws):
+        hands[(first_rank + position) % num_ranks].append(draw)
+    filler = (_as_filler(draws[0]),)
+    return [
+        MicroStep(
+            bucket=bucket,
+            expert=expert,
+            samples=tuple(tuple(hand[start : start + micro_batch]) or filler for hand in hands),
+        )
+        for start in range(0, max(map(len, hands)), micro_batch)
+    ]
+
+
+def _as_filler(draw: SampleDraw) -> SampleDraw:
+    return SampleDraw(
+        index=draw.index, epoch=draw.epoch, sigma=draw.sigma, noise_seed=draw.noise_seed, weight=0.0
+    )
+
+
+def imbalance(steps: Sequence[Step], flops: Mapping[Bucket, float] | Callable[[Bucket], float]) -> float:
+    """The share of FLOPs that ranks spend waiting or on fillers: 1 - useful / (ranks x slowest rank), over `steps`."""
+    cost = flops if callable(flops) else flops.__getitem__
+    useful = spent = 0.0
+    for step in steps:
+        for micro in step.micro_steps:
+            useful += cost(micro.bucket) * sum(draw.weight for hand in micro.samples for draw in hand)
+            spent += cost(micro.bucket) * len(micro.samples) * max(map(len, micro.samples))
+    return 1 - useful / spent
+
+
+def split_groups(group_ids: Sequence[Hashable], *, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Split rows into training and validation rows without tearing a group (the clips of one source) apart.
+
+    Groups go to validation in an order fixed by (seed, group id) until they hold at least `fraction` of the
+    rows; adding rows to a dataset therefore moves few groups. A fraction of 0 gives no validation rows.
+    """
+    groups: dict[str, list[int]] = {}
+    for row, group in enumerate(group_ids):
+        groups.setdefault(str(group), []).append(row)
+    keys = {name: np.frombuffer(name.encode().ljust(8, b"\0"), dtype=np.uint8) for name in groups}
+    order = sorted(groups, key=lambda name: (int(_fold(seed, keys[name])), name))
+    evaluation: list[int] = []
+    for name in order:
+        if len(evaluation) >= fraction * len(group_ids):
+            break
+        evaluation += groups[name]
+    held = set(evaluation)
+    return [row for row in range(len(group_ids)) if row not in held], sorted(evaluation)
+
+
+def _fold(seed: int, data: np.ndarray) -> np.uint64:
+    """Hash bytes."""
+    key = _hash(seed, _SPLIT, 0, np.asarray(len(data)))
+    for byte in data.tolist():
+        key = _mix(key ^ np.uint64(byte))
+    return key  # type: ignore[return-value]
+
+
+def fixed_draws(
+    index: DatasetIndex, rows: Sequence[int], *, num_sigmas: int, seed: int, expert: Expert | None = None
+) -> list[SampleDraw]:
+    """Draws for validation: every row at `num_sigmas` evenly spread sigmas, noise fixed, nothing dropped.
+
+    Sigmas are the middles of equal bins of the expert's range, so the mean over them is not dominated by the
+    training density.
+    """
+    low, high = (expert.sigma_min, expert.sigma_max) if expert is not None else (0.0, 1.0)
+    draws = []
+    for row in rows:
+        for level in range(num_sigmas):
+            item = np.asarray(row * num_sigmas + level)
+            draws.append(
+                SampleDraw(
+                    index=int(row),
+                    epoch=0,
+                    sigma=low + (high - low) * (level + 0.5) / num_sigmas,
+                    noise_seed=int(_hash(seed, _FIXED, 0, item) >> np.uint64(1)),
+                    known=0 if index.num_known[row] else NO_KNOWN,
+                )
+            )
+    return draws
