@@ -1,0 +1,102 @@
+"""Run a function on several gloo ranks, each in a fresh process forked from a server that has imported torch.
+
+Forking from pytest itself would inherit autograd's threads, which a child cannot use.
+"""
+
+import importlib
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+PRELOAD = ["torch", "torch.distributed.fsdp", "wan_accel.trainer"]
+
+LAUNCH_ENV = {
+    "single": {"ACCELERATE_USE_CPU": "true"},
+    "ddp": {"ACCELERATE_USE_CPU": "true"},
+    "fsdp2": {
+        "ACCELERATE_USE_CPU": "true",
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+    },
+    "zero3": {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        "DS_ACCELERATOR": "cpu",
+    },
+}
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    engine: str = "ddp",
+    timeout_seconds: float = 300,
+) -> list[Any]:
+    """Return `function(*args)` of every rank, run as `accelerate launch` with `engine` would run it.
+
+    `function` is a top-level function of a test module. A rank's exception is raised here with its traceback.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    port = free_port()
+    workers = []
+    for rank in range(world_size):
+        receiver, sender = context.Pipe(duplex=False)
+        env = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            **LAUNCH_ENV[engine],
+        }
+        if engine == "single":
+            env = dict(LAUNCH_ENV["single"])
+        process = context.Process(
+            target=_work, args=(sender, env, function.__module__, function.__qualname__, args)
+        )
+        process.start()
+        workers.append((process, receiver))
+    return [_result(process, receiver, timeout_seconds) for process, receiver in workers]
+
+
+def _work(sender: Connection, env: dict[str, str], module: str, name: str, args: tuple[Any, ...]) -> None:
+    os.environ.update(env, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        outcome: Any = (True, getattr(importlib.import_module(module), name)(*args))
+    except BaseException:
+        outcome = (False, traceback.format_exc())
+    sender.send_bytes(pickle.dumps(outcome))
+    sender.close()
+    os._exit(0)  # no destructor of a process group may wait for a rank that failed
+
+
+def _result(process: Any, receiver: Connection, timeout_seconds: float) -> Any:
+    try:
+        if not receiver.poll(timeout_seconds):
+            raise TimeoutError(f"rank did not answer within {timeout_seconds} s")
+        ok, value = pickle.loads(receiver.recv_bytes())
+    finally:
+        process.join(5)
+        if process.is_alive():
+            process.kill()
+    if not ok:
+        raise RuntimeError(f"a rank failed:\n{value}")
+    return value

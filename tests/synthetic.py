@@ -1,0 +1,73 @@
+"""A small denoiser and made-up cached conditions, equal in every process."""
+
+from typing import Any
+
+import torch
+
+from wan_accel.models.denoiser import WanDenoiser
+from wan_accel.models.dit import AnimateSize, build_animate_adapter, build_dit
+from wan_accel.models.variants import VARIANTS, DitSize
+from wan_accel.objective import NoiseLevels
+from wan_accel.step_plan import Bucket, DatasetIndex, SampleDraw, StepPlan
+
+VIDEO = {Bucket(5, 32, 48): (2, 4, 6), Bucket(9, 32, 32): (3, 4, 4)}
+NUM_ROWS = 10
+GLOBAL_BATCH = 4
+
+
+def tiny_denoiser(variant: str) -> WanDenoiser:
+    """96 wide, 8 heads; 2 blocks for t2v, 6 (two face blocks) for Animate. Random weights, the same everywhere."""
+    torch.manual_seed(0)
+    animate = VARIANTS[variant].has_animate_adapter
+    size = DitSize(
+        dim=96, ffn_dim=128, num_layers=6 if animate else 2, num_heads=8, in_dim=36 if animate else 16, out_dim=16,
+        freq_dim=32, text_dim=24, clip_dim=40 if animate else None,
+    )  # fmt: skip
+    adapter = None
+    if animate:
+        adapter = build_animate_adapter(
+            AnimateSize(
+                dim=96, num_heads=8, num_face_blocks=2, motion_channels=(2,) * 8, motion_dim=16, face_width=8
+            )
+        )
+    model = WanDenoiser(build_dit(size), adapter, text_length=16)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1 + (parameter.ndim == 1)
+    return model
+
+
+class SyntheticSource:
+    """Cached conditions drawn from the row's number: two buckets, texts of different length."""
+
+    def __init__(self, variant: str) -> None:
+        self.animate = VARIANTS[variant].has_animate_adapter
+        shapes = list(VIDEO)
+        self.buckets = tuple(shapes[row % 3 == 2] for row in range(NUM_ROWS))
+
+    def index(self) -> DatasetIndex:
+        return DatasetIndex(buckets=self.buckets, num_known=(0,) * NUM_ROWS)
+
+    def sample(self, index: int, draw: SampleDraw) -> dict[str, torch.Tensor]:
+        data = torch.Generator().manual_seed(index)
+        frames, height, width = VIDEO[self.buckets[index]]
+        frames += self.animate
+
+        def rand(*shape: int, generator: torch.Generator = data) -> torch.Tensor:
+            return torch.randn(shape, generator=generator)
+
+        sample = {"latents": rand(16, frames, height, width), "text": rand(3 + index, 24)}
+        sample["noise"] = rand(
+            16, frames, height, width, generator=torch.Generator().manual_seed(draw.noise_seed)
+        )
+        if self.animate:
+            sample |= {
+                "condition": rand(20, frames, height, width), "clip_features": rand(257, 40),
+                "pose_latents": rand(16, frames - 1, height, width),
+                "motion_vectors": rand(self.buckets[index].num_frames, 16),
+            }  # fmt: skip
+        return sample
+
+
+def plan_for(source: SyntheticSource, **options: Any) -> StepPlan:
+    return StepPlan(source.index(), seed=7, global_batch=GLOBAL_BATCH, levels=NoiseLevels(), **options)

@@ -1,0 +1,40 @@
+"""WanTrainingArguments: transformers' TrainingArguments plus what a Wan run needs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+
+from wan_accel.objective import Density, Weighting
+
+
+@dataclass
+class WanTrainingArguments(TrainingArguments):
+    """Arguments of `WanTrainer`; recipes fill them (`wan_accel.recipe.arguments`).
+
+    Fields beside those of `TrainingArguments`:
+
+    global_batch: samples of an optimizer step over all ranks, the same whatever the number of ranks.
+    micro_batch: samples a rank runs at once.
+    ulysses: ranks that share one sample by sequence parallelism.
+    density, shift, weighting: the objective (`wan_accel.objective`).
+    caption_dropout, face_dropout: probabilities of replacing the caption or face by its null condition.
+    eval_sigmas: noise levels at which each validation sample is evaluated.
+    """
+
+    remove_unused_columns: bool = False
+    logging_nan_inf_filter: bool = False
+    log_on_each_node: bool = False
+    logging_steps: float = 10
+    save_total_limit: int | None = 3
+    report_to: Any = "none"
+
+    global_batch: int = 1
+    micro_batch: int = 1
+    ulysses: int = 1
+    density: Density = "uniform"
+    shift: float = 5.0
+    weighting: Weighting = "none"
+    caption_dropout: float = 0.0
+    face_dropout: float = 0.0
+    eval_sigmas: int = 8

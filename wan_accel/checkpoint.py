@@ -1,0 +1,162 @@
+"""Checkpoints of a run: written beside, renamed when complete, loaded on any number of ranks (FSDP2 and DDP).
+
+checkpoint-<step>/
+  manifest.json            format, engine, step, what is trained; written last
+  model/                   torch.distributed.checkpoint: trained weights and optimizer (single, DDP, FSDP2)
+  zero/                    DeepSpeed's own format (ZeRO-3)
+  trainer_state.json  scheduler.pt  rng_state*.pth  recipe.yaml
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from wan_accel.parallel.engine import Engine
+
+FORMAT = "wan-accel/checkpoint@1"
+MANIFEST = "manifest.json"
+# Frozen base weights of a LoRA run are in the released checkpoint already.
+_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a checkpoint holds. `trained` maps names of trained tensors to shapes."""
+
+    engine: Engine
+    step: int
+    variant: str
+    expert: str
+    method: str
+    base: str
+    lora: dict[str, Any] | None
+    world_size: int
+    ulysses: int
+    trained: dict[str, list[int]]
+    format: str = FORMAT
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a checkpoint's manifest.
+
+    Raises:
+        ValueError: the folder is no complete checkpoint, or one of another format.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is not a complete checkpoint (no {MANIFEST}): choose another one of the same run"
+        )
+    fields = json.loads(path.read_text())
+    if fields.get("format") != FORMAT:
+        raise ValueError(f"{folder} has format {fields.get('format')!r}, this version reads {FORMAT!r}")
+    return Manifest(**fields)
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if (path / MANIFEST).is_file()]
+    return sorted(
+        (p for p in found if p.name.split("-")[-1].isdigit()), key=lambda p: int(p.name.split("-")[-1])
+    )
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, None if there is none."""
+    checkpoints = complete_checkpoints(output_dir)
+    return checkpoints[-1] if checkpoints else None
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def start(output_dir: Path, step: int, *, is_main: bool) -> Path:
+    """Create the empty folder that a checkpoint is written to before it is renamed. Collective."""
+    folder = output_dir / f"checkpoint-{step}.tmp"
+    if is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    barrier()
+    return folder
+
+
+def commit(folder: Path, manifest: Manifest, *, keep: int | None, is_main: bool) -> Path:
+    """Rename a written checkpoint into place, then delete the oldest beyond `keep`. Collective.
+
+    The newest complete checkpoint is never deleted, whatever `keep` says.
+    """
+    barrier()  # every rank has written its part
+    final = folder.with_name(folder.name.removesuffix(".tmp"))
+    if is_main:
+        (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
+        _sync_folder(folder)
+        if final.exists():
+            shutil.rmtree(final)  # the same step saved again, e.g. after a resume
+        folder.rename(final)
+        for old in complete_checkpoints(final.parent)[: -max(keep, 1)] if keep else []:
+            shutil.rmtree(old)
+    barrier()
+    return final
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush every file to disk, so that the rename does not outlive its content."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+
+def save_weights(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write trained weights and optimizer state of a plain, DDP or FSDP2 model. Collective."""
+    dcp.save(_state(model, optimizer), checkpoint_id=str(folder / "model"), no_dist=not dist.is_initialized())
+
+
+def load_weights(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load what `save_weights` wrote, on any number of ranks. Collective."""
+    state = _state(model, optimizer)
+    dcp.load(state, checkpoint_id=str(folder / "model"), no_dist=not dist.is_initialized())
+    set_model_state_dict(model, state["model"], options=_OPTIONS)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_OPTIONS)
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {
+        "model": get_model_state_dict(model, options=_OPTIONS),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=_OPTIONS),
+    }
+
+
+def read_trained(folder: Path) -> dict[str, Tensor]:
+    """Read the trained tensors of any checkpoint whole, on one process; fp32 masters where the engine keeps them."""
+    manifest = read_manifest(folder)
+    if manifest.engine == "zero3":
+        return _read_zero(folder / "zero")
+    state = {"model": {name: torch.empty(shape) for name, shape in manifest.trained.items()}}
+    dcp.load(state, checkpoint_id=str(folder / "model"), no_dist=True)
+    return state["model"]
+
+
+def _read_zero(folder: Path) -> dict[str, Tensor]:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    state = get_fp32_state_dict_from_zero_checkpoint(str(folder), exclude_frozen_parameters=True)
+    return {name: tensor.clone() for name, tensor in state.items()}

@@ -1,0 +1,74 @@
+"""From the step plan to tensors: one dataset item an optimizer step, holding this rank's micro-batches."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from wan_accel.step_plan import DatasetIndex, MicroStep, SampleDraw, StepPlan
+
+MicroBatch = dict[str, Tensor]
+
+
+class SampleSource(Protocol):
+    """Cached conditions that can be drawn from, e.g. `LatentsDataset`."""
+
+    def index(self) -> DatasetIndex:
+        """What the step plan has to know of every sample."""
+
+    def sample(self, index: int, draw: SampleDraw) -> dict[str, Tensor]:
+        """The tensors of one sample without a batch dim: `latents`, `noise`, `text` and other denoiser inputs."""
+
+
+class StepDataset(Dataset):
+    """Maps an optimizer step to this data rank's share of it.
+
+    An item is {"step": int, "num_samples": int (of all ranks), "micro_batches": [MicroBatch]}.
+    """
+
+    def __init__(self, source: SampleSource, plan: StepPlan, *, data_rank: int, num_data_ranks: int) -> None:
+        self.source = source
+        self.plan = plan
+        self.data_rank = data_rank
+        self.num_data_ranks = num_data_ranks
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        planned = self.plan.step(step, self.num_data_ranks)
+        batches = [self._micro_batch(micro) for micro in planned.micro_steps]
+        return {"step": step, "num_samples": planned.num_samples, "micro_batches": batches}
+
+    def _micro_batch(self, micro: MicroStep) -> MicroBatch:
+        return collate(self.source, micro.samples[self.data_rank])
+
+
+def collate(source: SampleSource, draws: Sequence[SampleDraw]) -> MicroBatch:
+    """Read and stack the samples of a micro-step; texts are zero-padded to the longest.
+
+    Adds `sigma` (B,) and `weight` (B,) fp32.
+
+    Raises:
+        ValueError: samples of one bucket differ in a shape; the message names both rows.
+    """
+    samples = [source.sample(draw.index, draw) for draw in draws]
+    longest = max(sample["text"].shape[0] for sample in samples)
+    for sample in samples:
+        sample["text"] = F.pad(sample["text"], (0, 0, 0, longest - sample["text"].shape[0]))
+    batch = {name: _stack(name, samples, draws) for name in samples[0]}
+    batch["sigma"] = torch.tensor([draw.sigma for draw in draws], dtype=torch.float32)
+    batch["weight"] = torch.tensor([draw.weight for draw in draws], dtype=torch.float32)
+    return batch
+
+
+def _stack(name: str, samples: Sequence[dict[str, Tensor]], draws: Sequence[SampleDraw]) -> Tensor:
+    first = samples[0][name].shape
+    for sample, draw in zip(samples, draws):
+        if name not in sample or sample[name].shape != first:
+            found = tuple(sample[name].shape) if name in sample else "nothing"
+            raise ValueError(
+                f"row {draw.index} has {name} of shape {found}, but row {draws[0].index} of the same bucket has "
+                f"{tuple(first)}: one of them was cached wrongly; run wan_accel.cache on it again"
+            )
+    return torch.stack([sample[name] for sample in samples])

@@ -1,0 +1,1 @@
+"""Sharding, sequence parallelism and what the CPU needs for both."""

@@ -1,0 +1,98 @@
+"""FSDP2: shard a denoiser from the fields of accelerate's plugin."""
+
+from typing import Any
+
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from wan_accel.models.denoiser import WanDenoiser
+
+# Plugin fields that we do not act on, with the value that means "not asked for".
+_NOT_HONOURED = {
+    "activation_checkpointing": (False, "set memory.activation_checkpointing in the recipe"),
+    "activation_checkpointing_offload": (False, "remove it"),
+    "ignored_modules": (None, "remove it: every parameter of the denoiser is sharded"),
+    "min_num_params": (0, "remove it: the denoiser is sharded block by block"),
+}
+
+
+def fully_shard_denoiser(
+    model: WanDenoiser, plugin: FullyShardedDataParallelPlugin, mesh: DeviceMesh
+) -> WanDenoiser:
+    """Shard every block, face block and the rest (the root) over `mesh`, in place.
+
+    Works on the meta device (fill the parameters afterwards) and on materialised parameters that are equal on
+    all ranks. All-gathers and reduce-scatters then run over the mesh's shard axis; gradients are averaged over
+    all of its ranks, in the policy's reduce dtype.
+
+    Raises:
+        ValueError: the plugin asks for something that is not honoured here.
+    """
+    _refuse_unhonoured(plugin)
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "reshard_after_forward": plugin.reshard_after_forward,
+        "mp_policy": mixed_precision_policy(plugin),
+        "offload_policy": plugin.cpu_offload,
+    }
+    for unit in shard_units(model):
+        fully_shard(unit, **options)
+    fully_shard(model, **options)
+    return model
+
+
+def shard_units(model: WanDenoiser) -> list[nn.Module]:
+    """The modules gathered one at a time; what is left belongs to the root and stays gathered through a step."""
+    units: list[nn.Module] = list(model.blocks)
+    if model.has_adapter:
+        units += [*model.face_adapter.fuser_blocks, model.face_encoder]
+        if hasattr(model, "motion_encoder"):
+            units.append(model.motion_encoder)
+    return units
+
+
+def mixed_precision_policy(plugin: FullyShardedDataParallelPlugin) -> MixedPrecisionPolicy:
+    """The plugin's dtypes with fp32 gradient reduction, and without casting inputs.
+
+    The denoiser casts its inputs itself: a cast at the root would round the timestep to bf16.
+    """
+    policy = plugin.mixed_precision_policy
+    if policy is None:
+        return MixedPrecisionPolicy(cast_forward_inputs=False)
+    return MixedPrecisionPolicy(
+        param_dtype=policy.param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+
+
+def _refuse_unhonoured(plugin: FullyShardedDataParallelPlugin) -> None:
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            f"fsdp_version={plugin.fsdp_version} is not supported: set fsdp_version: 2 in the accelerate config"
+        )
+    for field, (unset, advice) in _NOT_HONOURED.items():
+        value = getattr(plugin, field)
+        if value and value != unset:
+            raise ValueError(f"fsdp_{field}={value!r} in the accelerate config has no effect here: {advice}")
+
+
+def assert_sharded(model: nn.Module) -> None:
+    """Check that a model launched under FSDP2 really holds sharded parameters.
+
+    Raises:
+        RuntimeError: it does not, so every rank would hold a full copy.
+    """
+    plain = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+    if not isinstance(model, FSDPModule) or plain:
+        raise RuntimeError(
+            f"FSDP2 was asked for but {len(plain)} parameters are not sharded (first: {plain[:1]}); "
+            "pass the model to WanTrainer, or through fully_shard_denoiser, under an FSDP2 accelerate config"
+        )
+
+
+def num_local_elements(model: nn.Module) -> int:
+    """Parameter elements that this rank holds."""
+    return sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())

@@ -1,0 +1,159 @@
+"""Ulysses sequence parallelism: tokens split over a group, attention on whole sequences of a share of the heads.
+
+Shapes: B batch, L all tokens, l = ceil(L / P) tokens of a rank, P group size, H heads, D head width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenSpan:
+    """The contiguous tokens [start, start + length) of a sequence of whole frames that one rank works on.
+
+    The last rank's span may reach beyond the sequence: those tokens are padding.
+    """
+
+    start: int
+    length: int
+    tokens_per_frame: int
+
+    @property
+    def first_frame(self) -> int:
+        return self.start // self.tokens_per_frame
+
+    @property
+    def num_frames(self) -> int:
+        """Frames that the span touches, at its start and end in part."""
+        return -(-(self.start + self.length) // self.tokens_per_frame) - self.first_frame
+
+    @property
+    def _front(self) -> int:
+        return self.start - self.first_frame * self.tokens_per_frame
+
+    def frames_of(self, x: Tensor) -> Tensor:
+        """Pick the span's frames from x (B, F, ...); frames beyond the sequence are zeros."""
+        picked = x[:, self.first_frame : self.first_frame + self.num_frames]
+        missing = self.num_frames - picked.shape[1]
+        return torch.cat([picked, x.new_zeros(x.shape[0], missing, *x.shape[2:])], 1) if missing else picked
+
+    def to_frames(self, x: Tensor) -> Tensor:
+        """(B, length, H, D) -> (B, num_frames, tokens_per_frame, H, D), zeros around the span."""
+        back = self.num_frames * self.tokens_per_frame - self._front - self.length
+        return F.pad(x, (0, 0, 0, 0, self._front, back)).unflatten(
+            1, (self.num_frames, self.tokens_per_frame)
+        )
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """The inverse of `to_frames`."""
+        return x.flatten(1, 2)[:, self._front : self._front + self.length]
+
+
+class SequenceParallel:
+    """Splits tokens over a process group and gathers them again.
+
+    Every rank of the group holds the same inputs; each computes the whole loss. Gradients are then averaged
+    over all ranks of the job like plain data parallelism, with no other scaling (see `gather`).
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.size = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+
+    def span(self, num_tokens: int, tokens_per_frame: int) -> TokenSpan:
+        """This rank's tokens of a sequence of `num_tokens`."""
+        length = -(-num_tokens // self.size)
+        return TokenSpan(start=self.rank * length, length=length, tokens_per_frame=tokens_per_frame)
+
+    def split(self, x: Tensor, dim: int) -> Tensor:
+        """Take this rank's slice of dim `dim`, zero-padded at the end; backward: zeros outside the slice."""
+        length = -(-x.shape[dim] // self.size)
+        start = min(self.rank * length, x.shape[dim])
+        piece = x.narrow(dim, start, min(length, x.shape[dim] - start))
+        padding = [0] * (2 * (x.ndim - dim))
+        padding[-1] = length - piece.shape[dim]
+        return F.pad(piece, padding) if padding[-1] else piece
+
+    def gather(self, x: Tensor, num_tokens: int) -> Tensor:
+        """All-gather (B, l, ...) over the group along dim 1 and cut to `num_tokens`.
+
+        Backward: reduce-scatter with SUM. As each of the P ranks computes the whole loss, a rank's slice gets
+        P times its gradient; the mean over the group's ranks, whose slices are disjoint, takes this back.
+        """
+        return _GatherTokens.apply(x, self.group)[:, :num_tokens]
+
+
+class _GatherTokens(torch.autograd.Function):
+    """All-gather along dim 1 over `group`; backward reduce-scatter (sum)."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group  # type: ignore[attr-defined]
+        x = x.transpose(0, 1).contiguous()
+        out = x.new_empty(x.shape[0] * dist.get_world_size(group), *x.shape[1:])
+        dist.all_gather_into_tensor(out, x, group=group)
+        return out.transpose(0, 1)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        group = ctx.group  # type: ignore[attr-defined]
+        grad = grad.transpose(0, 1).contiguous()
+        out = grad.new_empty(grad.shape[0] // dist.get_world_size(group), *grad.shape[1:])
+        dist.reduce_scatter_tensor(out, grad, group=group)
+        return out.transpose(0, 1), None
+
+
+class _ExchangeChunks(torch.autograd.Function):
+    """All-to-all of dim 0 (P chunks) over `group`; its backward is the same exchange."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group  # type: ignore[attr-defined]
+        out = torch.empty_like(x)
+        dist.all_to_all_single(out, x, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        grad = grad.contiguous()
+        out = torch.empty_like(grad)
+        dist.all_to_all_single(out, grad, group=ctx.group)  # type: ignore[attr-defined]
+        return out, None
+
+
+class UlyssesAttention(nn.Module):
+    """The processor of `block.self_attn.attn` under Ulysses: all-to-all, attention, all-to-all.
+
+    Two all-to-alls of the group forward (q, k and v travel together) and two backward. `num_tokens` of the
+    whole sequence is set by the denoiser before the blocks run: padding keys are cut off after the exchange, so
+    no mask is needed and the result is exact.
+    """
+
+    def __init__(self, inner: nn.Module, parallel: SequenceParallel, num_heads: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.parallel = parallel
+        self.num_heads = num_heads
+        self.num_tokens = 0
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v (B, l, H*D) -> (B, l, H*D)."""
+        size, group = self.parallel.size, self.parallel.group
+        length = q.shape[1]
+        qkv = torch.stack((q, k, v)).unflatten(-1, (size, -1))  # (3, B, l, P, H/P*D)
+        qkv = _ExchangeChunks.apply(qkv.movedim(3, 0).contiguous(), group)  # (P: tokens, 3, B, l, H/P*D)
+        qkv = qkv.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : self.num_tokens]  # (3, B, L, H/P*D)
+        out = self.inner(*qkv.unbind(0))
+        out = F.pad(out, (0, 0, 0, size * length - self.num_tokens)).unflatten(1, (size, length))
+        out = _ExchangeChunks.apply(out.transpose(0, 1).contiguous(), group)  # (P: heads, B, l, H/P*D)
+        return out.permute(1, 2, 0, 3).flatten(2)
+
+
+def usable_degrees(num_heads: int, *, limit: int = 16) -> list[int]:
+    """Ulysses degrees that divide the heads."""
+    return [degree for degree in range(1, min(num_heads, limit) + 1) if num_heads % degree == 0]

@@ -1,0 +1,395 @@
+"""WanTrainer: transformers' Trainer, driven by the step plan.
+
+Trainer methods that are overridden, checked against transformers 5.17 to 5.23 (tests/test_trainer_overrides.py):
+
+| method | why |
+|---|---|
+| get_train_dataloader | the step plan decides the samples; one item is an optimizer step of this data rank |
+| _prepare_for_training | FSDP2 models are sharded already; weights are loaded after preparation, for every engine |
+| training_step | runs the micro-batches of a step; loss = sum over samples / global sample count |
+| _clip_grad_norm | one norm over sharded parameters, as a plain number |
+| _save_checkpoint, _load_from_checkpoint | our checkpoints (wan_accel.checkpoint) |
+| evaluate | fixed-noise loss |
+| get_batch_samples, log | data wait, tokens per second, peak memory |
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer, TrainerCallback
+
+from wan_accel import checkpoint
+from wan_accel.arguments import WanTrainingArguments
+from wan_accel.checkpoint import Manifest
+from wan_accel.data.collate import MicroBatch, SampleSource, StepDataset, collate
+from wan_accel.lora import LoraSettings
+from wan_accel.metrics import MetricsCallback, peak_gib
+from wan_accel.models.denoiser import WanDenoiser, inject_ulysses
+from wan_accel.models.variants import Variant
+from wan_accel.objective import add_noise, loss_weight, per_sample_mse, step_loss, velocity
+from wan_accel.parallel.engine import detect_engine
+from wan_accel.parallel.fsdp import assert_sharded, fully_shard_denoiser
+from wan_accel.parallel.mesh import ParallelDims
+from wan_accel.step_plan import SampleDraw, StepPlan
+
+# Tensors of a micro-batch that are not inputs of the denoiser.
+_NOT_INPUTS = ("latents", "noise", "sigma", "weight")
+
+
+class _StepSampler(Sampler):
+    """Yields the optimizer steps from where the run stands to its end; it has no length on purpose.
+
+    Trainer reads the state of a checkpoint before it asks for the first batch, so a resumed run starts at its
+    step without reading or skipping anything.
+    """
+
+    def __init__(self, trainer: "WanTrainer") -> None:
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.trainer.state.global_step, self.trainer.args.max_steps))
+
+
+class WanTrainer(Trainer):
+    """Trains a `WanDenoiser` with accelerate's engines and Ulysses.
+
+    Args:
+        model: the denoiser with everything applied (LoRA, Ulysses). Under FSDP2 it may be sharded already;
+            a plain one, equal on all ranks, is sharded here.
+        args: arguments; `max_steps` or `num_train_epochs` end the run.
+        train_dataset: cached conditions (`LatentsDataset`).
+        plan: what each step does. Its global batch must be that of `args`.
+        variant: the row of the variants table.
+        expert: the expert that is trained.
+        lora: the LoRA's settings, None for full training.
+        base: name or path of the base checkpoint, recorded in checkpoints.
+        eval_draws: fixed draws for validation; empty for none.
+        callbacks: further callbacks.
+
+    Raises:
+        ValueError: the parallel degrees do not fit the model or the number of processes.
+    """
+
+    args: WanTrainingArguments
+
+    def __init__(
+        self,
+        model: WanDenoiser,
+        args: WanTrainingArguments,
+        train_dataset: SampleSource,
+        plan: StepPlan,
+        *,
+        variant: Variant,
+        expert: str = "default",
+        lora: LoraSettings | None = None,
+        base: str = "",
+        eval_draws: Sequence[SampleDraw] = (),
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        # Trainer's own skipping would read every batch again; the step sampler starts at the right step.
+        args.ignore_data_skip = True
+        if args.max_steps <= 0:
+            args.max_steps = math.ceil(args.num_train_epochs * plan.steps_per_epoch)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,  # type: ignore[arg-type]
+            eval_dataset=list(eval_draws) or None,  # type: ignore[arg-type]
+            callbacks=[MetricsCallback(), *callbacks],
+        )
+        self.model_accepts_loss_kwargs = False
+        self.source = train_dataset
+        self.plan = plan
+        self.variant = variant
+        self.expert = expert
+        self.lora = lora
+        self.base = base
+        self.eval_draws = list(eval_draws)
+        self.engine = detect_engine(self.accelerator)
+        self.dims = ParallelDims(
+            world_size=args.world_size, ulysses=args.ulysses, dp_replicate=_dp_replicate(self.accelerator)
+        )
+        self.dims.validate(model.num_heads)
+        self._apply_parallelism(model)
+        self._step_tokens = 0
+        self._logged = _Interval()
+
+    def _apply_parallelism(self, model: WanDenoiser) -> None:
+        """Ulysses, then sharding, where the caller has not applied them."""
+        device_type = self.accelerator.device.type
+        if self.args.ulysses > 1 and model.sequence_parallel is None:
+            group = self.dims.ulysses_group(device_type)
+            assert group is not None
+            inject_ulysses(model, group)
+        if self.engine == "fsdp2":
+            if not isinstance(model, FSDPModule):
+                model.to(self.accelerator.device)
+                plugin = self.accelerator.state.fsdp_plugin
+                fully_shard_denoiser(model, plugin, self.dims.shard_mesh(device_type))
+            assert_sharded(model)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """One item an optimizer step; it is not given to accelerate, which would shard it again."""
+        dataset = StepDataset(
+            self.source,
+            self.plan,
+            data_rank=self.dims.data_rank(self.args.process_index),
+            num_data_ranks=self.dims.num_data_ranks,
+        )
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=_StepSampler(self),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            pin_memory=self.args.dataloader_pin_memory and self.accelerator.device.type == "cuda",
+        )
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader]:
+        if self.engine == "fsdp2":
+            model = self._prepare_sharded(max_steps)
+        else:
+            model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            self._resume(Path(resume_from_checkpoint), model)
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.callback_handler.train_dataloader = train_dataloader
+        return model, train_dataloader
+
+    def _prepare_sharded(self, max_steps: int) -> nn.Module:
+        """Register an already sharded model and its optimizer with accelerate.
+
+        `accelerator.prepare` maps the optimizer's parameters by data pointer (accelerate 1.15,
+        `fsdp2_switch_optimizer_parameters`). Ranks beyond a short dim 0, such as a modulation's 1, hold empty
+        shards that all have pointer 0, so it would mix them up. It can go when accelerate maps by name.
+        """
+        self.create_optimizer()
+        assert self.optimizer is not None
+        self.optimizer = AcceleratedOptimizer(self.optimizer, device_placement=False)
+        self.accelerator._optimizers.append(self.optimizer)
+        self.accelerator._models.append(self.model)
+        self.create_scheduler(num_training_steps=max_steps)
+        self.model_wrapped = self.model
+        return self.model
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of this rank's share of an optimizer step.
+
+        Returns:
+            Scalar; its mean over all ranks is the mean loss over the step's samples.
+        """
+        model.train()
+        micro_batches: list[MicroBatch] = inputs["micro_batches"]
+        total = torch.zeros((), device=self.accelerator.device)
+        for index, batch in enumerate(micro_batches):
+            is_last = index == len(micro_batches) - 1
+            # DDP and ZeRO reduce at the last micro-batch; FSDP2 reduces each into its shards, which saves memory.
+            self.accelerator.gradient_state._set_sync_gradients(is_last)
+            wants_no_sync = self.engine == "ddp" and not is_last
+            with self.accelerator.no_sync(model) if wants_no_sync else nullcontext():
+                loss = self._micro_loss(model, batch, inputs["num_samples"])
+                options = {"scale_wrt_gas": False} if self.engine == "zero3" else {}
+                self.accelerator.backward(loss, **options)
+            total += loss.detach()
+            self._step_tokens += batch["latents"].shape[0] * self._tokens_of(batch)
+        return total
+
+    def _micro_loss(self, model: nn.Module, batch: MicroBatch, num_samples: int) -> Tensor:
+        per_sample, _ = self._sample_losses(model, batch)
+        weight = batch["weight"].to(per_sample.device) * loss_weight(
+            batch["sigma"].to(per_sample.device), self.args.weighting, self.args.shift
+        )
+        return step_loss(per_sample, weight, num_samples, self.dims.num_data_ranks)
+
+    def _sample_losses(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Per-sample loss (B,) fp32 and, beside it, that of predicting zero."""
+        device = self.accelerator.device
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        latents, noise, sigma = batch["latents"].float(), batch["noise"].float(), batch["sigma"]
+        inputs = {name: value for name, value in batch.items() if name not in _NOT_INPUTS}
+        predicted = model(add_noise(latents, noise, sigma), 1000.0 * sigma, **inputs)
+        target = velocity(latents, noise)
+        return per_sample_mse(predicted, target), per_sample_mse(torch.zeros_like(target), target)
+
+    def _tokens_of(self, batch: MicroBatch) -> int:
+        _, _, frames, height, width = batch["latents"].shape
+        patch_t, patch_h, patch_w = self.variant.dit.patch_size
+        return frames * height * width // (patch_t * patch_h * patch_w)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    # ---- checkpoints ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Write a complete checkpoint beside the others, then rename it into place. Collective."""
+        step, is_main = self.state.global_step, self.args.should_save
+        folder = checkpoint.start(Path(self.args.output_dir), step, is_main=is_main)
+        if self.engine == "zero3":
+            self.model_wrapped.save_checkpoint(str(folder / "zero"), exclude_frozen_parameters=True)
+        else:
+            checkpoint.save_weights(folder, model, self._plain_optimizer)
+        self._save_rng_state(str(folder))
+        if is_main:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+        checkpoint.commit(folder, self._manifest(step), keep=self.args.save_total_limit, is_main=is_main)
+
+    def _manifest(self, step: int) -> Manifest:
+        lora = None
+        if self.lora is not None:
+            lora = {
+                "r": self.lora.r,
+                "lora_alpha": self.lora.lora_alpha,
+                "target_modules": list(self.lora.target_modules),
+            }
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        shapes = {
+            # Under ZeRO-3 a parameter is empty on its own and keeps its shape beside.
+            name: list(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in unwrapped.named_parameters()
+            if parameter.requires_grad
+        }
+        return Manifest(
+            engine=self.engine,
+            step=step,
+            variant=self.variant.name,
+            expert=self.expert,
+            method="full" if self.lora is None else "lora",
+            base=self.base,
+            lora=lora,
+            world_size=self.args.world_size,
+            ulysses=self.args.ulysses,
+            trained=shapes,
+        )
+
+    @property
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self.optimizer
+        while isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
+        assert optimizer is not None
+        return optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing: Trainer calls this before preparation for some engines; `_resume` loads after it for all."""
+
+    def _resume(self, folder: Path, model: nn.Module) -> None:
+        """Load weights, optimizer and scheduler. Collective.
+
+        Raises:
+            ValueError: the checkpoint was written by an engine of the other family, or trains something else.
+        """
+        saved, current = checkpoint.read_manifest(folder), self._manifest(0)
+        if (saved.engine == "zero3") != (self.engine == "zero3"):
+            raise ValueError(
+                f"{folder} was written by {saved.engine} and cannot be resumed with {self.engine}: "
+                f"resume with {saved.engine}, or export its weights and start a new run from them"
+            )
+        for field in ("variant", "expert", "method", "lora", "trained"):
+            if getattr(saved, field) != getattr(current, field):
+                raise ValueError(
+                    f"{folder} trains another {field} than this recipe: use another output_dir or recipe"
+                )
+        if self.engine == "zero3":
+            if saved.world_size != self.args.world_size:
+                raise ValueError(
+                    f"{folder} was written by {saved.world_size} ZeRO-3 processes and cannot be resumed on "
+                    f"{self.args.world_size}: start {saved.world_size}"
+                )
+            self.model_wrapped.load_checkpoint(str(folder / "zero"), load_module_strict=False)
+        else:
+            checkpoint.load_weights(folder, model, self._plain_optimizer)
+        assert self.lr_scheduler is not None
+        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+
+    # ---- validation ----
+
+    def evaluate(  # type: ignore[override]
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean loss over the fixed draws, and that of predicting zero. Collective."""
+        sums = self.fixed_losses(self.eval_draws)
+        metrics = {f"{metric_key_prefix}_loss": sums[0], f"{metric_key_prefix}_zero_loss": sums[1]}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def fixed_losses(self, draws: Sequence[SampleDraw]) -> tuple[float, float]:
+        """Mean loss of the model and of predicting zero over fixed draws, one forward each. Collective.
+
+        Every data rank takes every n-th draw; ranks whose share is shorter repeat the last with weight 0, as
+        all ranks of a sharded model have to run the same number of forwards.
+        """
+        model = self.model_wrapped if self.engine == "zero3" else self.model
+        model.eval()
+        rank, num_ranks = self.dims.data_rank(self.args.process_index), self.dims.num_data_ranks
+        sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        for start in range(0, len(draws), num_ranks):
+            is_filler = start + rank >= len(draws)
+            batch = collate(self.source, [draws[min(start + rank, len(draws) - 1)]])
+            loss, zero = self._sample_losses(model, batch)
+            if not is_filler:
+                sums += torch.stack([loss.sum(), zero.sum()]).double()
+        if isinstance(model, FSDPModule):
+            model.reshard()  # the root stays gathered after a forward without a backward
+        if dist.is_initialized():
+            dist.all_reduce(sums)  # over all ranks: each Ulysses rank added the same number
+        mean = sums / (len(draws) * self.args.ulysses)
+        return float(mean[0]), float(mean[1])
+
+    # ---- logging ----
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        finally:
+            self._logged.data_seconds += time.perf_counter() - started
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add throughput and memory of the interval since the last training line."""
+        if "loss" in logs:
+            seconds = time.perf_counter() - self._logged.started
+            per_gpu = self._step_tokens / self.args.ulysses / seconds
+            logs["tokens_per_second_per_gpu"] = round(per_gpu, 1)
+            logs["data_wait"] = round(self._logged.data_seconds / seconds, 4)
+            logs["peak_gib"] = round(peak_gib(self.accelerator.device), 3)
+            self._step_tokens, self._logged = 0, _Interval()
+        super().log(logs, start_time)
+        if self.plan.steps_per_epoch:
+            self.state.log_history[-1]["epoch"] = round(self.state.global_step / self.plan.steps_per_epoch, 4)
+
+
+class _Interval:
+    """Time since the last log line."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.data_seconds = 0.0
+
+
+def _dp_replicate(accelerator: Any) -> int:
+    """HSDP's number of replicas, from accelerate's parallelism config."""
+    config = getattr(accelerator, "parallelism_config", None)
+    return config.dp_replicate_size if config is not None else 1
