@@ -1,0 +1,1 @@
+"""Raw videos of people in, a `wan-accel/clips@1` dataset out."""

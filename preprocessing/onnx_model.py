@@ -1,0 +1,76 @@
+"""One ONNX network: opened with the provider asked for, run over batches of any size."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preprocessing.types import Float
+
+_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+
+
+class OnnxModel:
+    """A network with one input and one output of interest, whose names are read from the file.
+
+    `batch_frames` is the most that one run takes: the file's own batch size where that is fixed.
+    """
+
+    def __init__(
+        self, onnx_path: str | Path, *, provider: str = "cpu", num_threads: int = 1, batch_frames: int = 8
+    ) -> None:
+        """Open the file. `num_threads` is of the CPU, inside one operator.
+
+        Raises ValueError for a missing or damaged file and for a provider that this onnxruntime lacks: it is
+        never replaced by another one.
+        """
+        import onnxruntime
+
+        path = Path(onnx_path)
+        if not path.is_file():
+            raise ValueError(f"{path}: no such model file")
+        wanted = _PROVIDERS.get(provider, provider)
+        available = onnxruntime.get_available_providers()
+        if wanted not in available:
+            raise ValueError(
+                f"provider {provider!r} is not in this onnxruntime, which has {', '.join(available)}: "
+                "choose one of these, or install the build of onnxruntime that has it"
+            )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = num_threads
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=[wanted])
+        except Exception as error:  # onnxruntime's own exception classes share no public base
+            raise ValueError(f"{path}: not a complete ONNX model ({str(error).splitlines()[0]})") from error
+        if wanted not in self._session.get_providers():
+            raise ValueError(f"{path}: provider {provider!r} is in this onnxruntime but does not start here")
+        self.path = path
+        self._input = self._session.get_inputs()[0]
+        self._output = self._session.get_outputs()[0]
+        fixed = self._input.shape[0]
+        self.batch_frames = fixed if isinstance(fixed, int) else batch_frames
+        self._pads_batch = isinstance(fixed, int)
+
+    @property
+    def input_shape(self) -> tuple[Any, ...]:
+        """Shape in the file; names in place of sizes that are free."""
+        return tuple(self._input.shape)
+
+    @property
+    def output_shape(self) -> tuple[Any, ...]:
+        """Shape in the file; names in place of sizes that are free."""
+        return tuple(self._output.shape)
+
+    def run(self, batch: Float) -> Float:
+        """Run the network on one batch of at most `batch_frames` and return its first output."""
+        num = len(batch)
+        if num > self.batch_frames:
+            raise ValueError(f"{num} inputs for {self.path.name}, it takes {self.batch_frames} at a time")
+        if self._pads_batch and num < self.batch_frames:
+            batch = np.concatenate([batch, np.repeat(batch[-1:], self.batch_frames - num, axis=0)])
+        feed = {self._input.name: np.ascontiguousarray(batch, np.float32)}
+        return np.asarray(self._session.run([self._output.name], feed)[0])[:num]
