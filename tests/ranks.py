@@ -70,6 +70,7 @@ def run_ranks(
             target=_work, args=(sender, env, function.__module__, function.__qualname__, args)
         )
         process.start()
+        sender.close()  # so that a rank's death shows as the end of the pipe
         workers.append((process, receiver))
     return [_result(process, receiver, timeout_seconds) for process, receiver in workers]
 

@@ -55,7 +55,8 @@ def inject_lora(model: nn.Module, settings: LoraSettings, variant: Variant) -> n
     for name, parameter in model.named_parameters():
         if is_lora(name):
             parameter.requires_grad_(True)
-            parameter.data = parameter.data.float()
+            if not hasattr(parameter, "ds_id"):  # ZeRO-3 keeps fp32 masters in its optimizer instead
+                parameter.data = parameter.data.float()
     return model
 
 

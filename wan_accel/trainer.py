@@ -376,9 +376,9 @@ class WanTrainer(Trainer):
             logs["data_wait"] = round(self._logged.data_seconds / seconds, 4)
             logs["peak_gib"] = round(peak_gib(self.accelerator.device), 3)
             self._step_tokens, self._logged = 0, _Interval()
+        # Trainer sees one endless epoch, as the step sampler has no length.
+        self.state.epoch = round(self.state.global_step / self.plan.steps_per_epoch, 4)
         super().log(logs, start_time)
-        if self.plan.steps_per_epoch:
-            self.state.log_history[-1]["epoch"] = round(self.state.global_step / self.plan.steps_per_epoch, 4)
 
 
 class _Interval:

@@ -140,7 +140,8 @@ def build_denoiser(
 
 def _compare(model: WanDenoiser, reader: CheckpointReader) -> None:
     """List every missing, unknown and mis-shaped tensor in one error."""
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    # Under zero.Init a parameter is empty and keeps its whole shape beside.
+    wanted = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
     found = reader.shapes
     without_motion = not hasattr(model, "motion_encoder")
     problems = [
@@ -261,3 +262,38 @@ def load_wan(
 def frozen_names(model: nn.Module) -> Iterator[str]:
     """Names of the parameters that are not trained."""
     return (name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+
+
+class MergedReader(CheckpointReader):
+    """A checkpoint with a LoRA added to its weights while they are read: W + scale * lora_B @ lora_A, in fp32.
+
+    Args:
+        folder: the base checkpoint.
+        deltas: weight name -> (lora_A (r, in), lora_B (out, r)), see `wan_accel.export.lora_deltas`.
+        scale: factor of the update.
+
+    Raises:
+        CheckpointError: the LoRA is for another model: weights that the base does not have, or of another shape.
+    """
+
+    def __init__(self, folder: Path, deltas: dict[str, tuple[Tensor, Tensor]], scale: float = 1.0) -> None:
+        super().__init__(folder)
+        wrong = [
+            name
+            for name, (down, up) in deltas.items()
+            if self.shapes.get(name) != (up.shape[0], down.shape[1])
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"{len(wrong)} of {len(deltas)} LoRA layers do not fit {folder}, e.g. {wrong[0]}: it is for another model"
+            )
+        self.deltas = deltas
+        self.scale = scale
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        weight = super().read(name, rows)
+        if name not in self.deltas:
+            return weight
+        down, up = (tensor.float() for tensor in self.deltas[name])
+        up = up if rows is None else up[rows]
+        return weight.float() + self.scale * (up @ down)

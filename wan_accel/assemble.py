@@ -1,0 +1,128 @@
+"""Put a denoiser together for training: the techniques, in their order, then the weights."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import FullyShardedDataParallelPlugin
+
+from wan_accel.lora import LoraSettings, inject_lora
+from wan_accel.models.blocks import CheckpointedModule
+from wan_accel.models.denoiser import WanDenoiser, inject_ulysses
+from wan_accel.models.loading import CheckpointReader, build_denoiser, fill_parameters
+from wan_accel.models.variants import Variant
+from wan_accel.parallel.engine import Engine
+from wan_accel.parallel.fsdp import fully_shard_denoiser
+from wan_accel.parallel.mesh import ParallelDims
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Techniques:
+    """What is done to the model before training.
+
+    torch_dtype: of the parameters that are read from the checkpoint. Trained ones stay fp32.
+    checkpointing: recompute every block in the backward pass.
+    """
+
+    lora: LoraSettings | None = None
+    torch_dtype: torch.dtype = torch.float32
+    checkpointing: bool = False
+    seed: int = 0
+
+
+def launched_engine() -> Engine:
+    """The engine that the launcher asks for in the environment, before an Accelerator exists.
+
+    `WanTrainer` compares it with what accelerate really set up.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        return "zero3"
+    if not dist.is_initialized():
+        return "single"
+    return "fsdp2" if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" else "ddp"
+
+
+def assemble(
+    variant: Variant,
+    reader: CheckpointReader,
+    techniques: Techniques,
+    *,
+    engine: Engine,
+    dims: ParallelDims,
+    device: torch.device,
+) -> WanDenoiser:
+    """Build, adapt, shard and fill a denoiser. Collective.
+
+    Under FSDP2 nothing but this rank's slices is ever in memory. Under ZeRO-3 parameters are partitioned while
+    they are created and filled one gathered parameter at a time; DDP and single processes hold the whole model.
+
+    Raises:
+        CheckpointError, ValueError: the checkpoint, targets or degrees do not fit.
+    """
+    if engine == "zero3":
+        return _assemble_zero3(variant, reader, techniques, dims, device)
+    with torch.device("meta"):
+        model = build_denoiser(variant, reader).to(techniques.torch_dtype)
+    _apply(model, variant, techniques, dims, device)
+    if engine == "fsdp2":
+        fully_shard_denoiser(model, fsdp_plugin(), dims.shard_mesh(device.type))
+    model.to_empty(device=device)
+    fill_parameters(model, reader, seed=techniques.seed)
+    return model
+
+
+def _apply(
+    model: WanDenoiser, variant: Variant, techniques: Techniques, dims: ParallelDims, device: torch.device
+) -> None:
+    """LoRA, then activation checkpointing, then sequence parallelism."""
+    dims.validate(model.num_heads)
+    if techniques.lora is not None:
+        inject_lora(model, techniques.lora, variant)
+    for module in model.modules():
+        if isinstance(module, CheckpointedModule):
+            module.checkpointing = techniques.checkpointing
+    group = dims.ulysses_group(device.type)
+    if group is not None:
+        inject_ulysses(model, group)
+
+
+def fsdp_plugin() -> FullyShardedDataParallelPlugin:
+    """The plugin that accelerate will make from the same environment, with its mixed precision set."""
+    plugin = FullyShardedDataParallelPlugin()
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no":
+        plugin.set_mixed_precision(precision)
+    return plugin
+
+
+def _assemble_zero3(
+    variant: Variant,
+    reader: CheckpointReader,
+    techniques: Techniques,
+    dims: ParallelDims,
+    device: torch.device,
+) -> WanDenoiser:
+    import deepspeed
+
+    with deepspeed.zero.Init(config_dict_or_path=_zero_config(), dtype=techniques.torch_dtype):
+        model = build_denoiser(variant, reader)
+        _apply(model, variant, techniques, dims, device)
+    fill_parameters(
+        model,
+        reader,
+        seed=techniques.seed,
+        gathered=lambda parameter: deepspeed.zero.GatheredParameters([parameter], modifier_rank=0),
+        writes=dist.get_rank() == 0,
+    )
+    return model
+
+
+def _zero_config() -> dict[str, Any]:
+    """What zero.Init reads of the accelerate config; the batch size is only there because it insists on one."""
+    config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
+    if offload != "none":
+        config["zero_optimization"]["offload_param"] = {"device": offload}
+    return config

@@ -1,0 +1,218 @@
+"""Train a recipe: `accelerate launch --config_file CONFIG -m wan_accel.train RECIPE [key=value ...]`."""
+
+import argparse
+import json
+import logging
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from wan_accel import checkpoint
+from wan_accel.arguments import WanTrainingArguments
+from wan_accel.assemble import Techniques, assemble, launched_engine
+from wan_accel.data.latents import LatentsDataset
+from wan_accel.lora import LoraSettings
+from wan_accel.metrics import write_run_state
+from wan_accel.models.loading import CheckpointReader, default_expert, dit_folder
+from wan_accel.models.variants import get_variant
+from wan_accel.objective import NoiseLevels
+from wan_accel.parallel.cpu import enable_fsdp_on_cpu
+from wan_accel.parallel.mesh import ParallelDims
+from wan_accel.recipe.arguments import training_arguments
+from wan_accel.recipe.check import check
+from wan_accel.recipe.load import load_recipe, to_yaml
+from wan_accel.recipe.schema import Recipe
+from wan_accel.step_plan import SampleDraw, StepPlan, fixed_draws, split_groups
+from wan_accel.trainer import WanTrainer
+
+logger = logging.getLogger("wan_accel")
+_VERSIONS = ("wan-accel", "torch", "accelerate", "deepspeed", "transformers", "datasets", "peft", "diffsynth")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train; returns the exit code (2 for input that cannot be used, said in one line)."""
+    arguments = parse(argv, "Train a recipe.")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        if arguments.print_config:
+            sys.stdout.write(to_yaml(recipe))
+            return 0
+        trainer = build_trainer(recipe)
+        resume = resume_path(recipe, trainer.args)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return run(trainer, resume)
+
+
+def parse(argv: list[str] | None, description: str) -> argparse.Namespace:
+    """The command line that train, cache and evaluate share: a recipe and overrides."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "recipe", help="a YAML file, or the name of a shipped recipe such as animate-14b/lora"
+    )
+    parser.add_argument("overrides", nargs="*", help="key=value, e.g. training.max_steps=10")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
+    return parser.parse_args(argv)
+
+
+def build_trainer(recipe: Recipe, reader: CheckpointReader | None = None) -> WanTrainer:
+    """Everything between a recipe and a trainer ready to run. Collective.
+
+    Args:
+        recipe: the recipe.
+        reader: weights to start from, `model.checkpoint` by default.
+
+    Raises:
+        ValueError: the recipe, dataset, checkpoint or layout cannot be used; nothing has been written.
+    """
+    enable_fsdp_on_cpu()
+    problems = check(recipe)
+    if problems:
+        raise ValueError("\n".join([f"{len(problems)} problems in the recipe:", *problems]))
+    args = WanTrainingArguments(**training_arguments(recipe), ddp_backend=_backend())
+    device = args.device  # sets the process group up
+    variant = get_variant(recipe.variant)
+    expert = recipe.model.expert or default_expert(variant)
+    source = LatentsDataset(Path(recipe.data.latents))
+    plan, eval_draws = plan_data(recipe, args, source, expert)
+    folder = dit_folder(Path(recipe.model.checkpoint), variant, expert)
+    model = assemble(
+        variant,
+        reader or CheckpointReader(folder),
+        techniques(recipe, args.seed),
+        engine=launched_engine(),
+        dims=ParallelDims(world_size=args.world_size, ulysses=args.ulysses),
+        device=device,
+    )
+    trainer = WanTrainer(
+        model,
+        args,
+        source,
+        plan,
+        variant=variant,
+        expert=expert,
+        lora=techniques(recipe, args.seed).lora,
+        base=recipe.model.checkpoint,
+        eval_draws=eval_draws,
+    )
+    if args.should_save:
+        write_run_file(recipe, args)
+    return trainer
+
+
+def _backend() -> str | None:
+    """gloo where there is no GPU; otherwise accelerate's choice. Only valid with several processes."""
+    import os
+
+    return "gloo" if not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+
+
+def techniques(recipe: Recipe, seed: int) -> Techniques:
+    """The model techniques of a recipe."""
+    lora = None
+    if recipe.method.kind == "lora":
+        targets = recipe.method.target_modules
+        lora = LoraSettings(
+            r=recipe.method.r,
+            lora_alpha=recipe.method.lora_alpha,
+            target_modules=() if targets == "default" else tuple(targets),
+        )
+    return Techniques(
+        lora=lora,
+        torch_dtype=getattr(torch, recipe.model.torch_dtype),
+        checkpointing=recipe.memory.activation_checkpointing == "full",
+        seed=seed,
+    )
+
+
+def plan_data(
+    recipe: Recipe, args: WanTrainingArguments, source: LatentsDataset, expert: str
+) -> tuple[StepPlan, list[SampleDraw]]:
+    """The step plan over the training rows, and fixed draws over the validation rows.
+
+    Without a validation split (`data.eval.fraction: 0`) validation uses the training rows, which shows learning
+    but not generalisation; the log says so.
+    """
+    index, row = source.index(), get_variant(recipe.variant).expert(expert)
+    train_rows, eval_rows = split_groups(source.group_ids, fraction=recipe.data.eval.fraction, seed=args.seed)
+    plan = StepPlan(
+        index,
+        seed=args.seed,
+        global_batch=args.global_batch,
+        micro_batch=args.micro_batch,
+        levels=NoiseLevels(density=args.density, shift=args.shift),
+        experts=(row,),
+        caption_dropout=args.caption_dropout,
+        face_dropout=args.face_dropout,
+        rows=train_rows,
+    )
+    if not recipe.validation.every_steps:
+        return plan, []
+    if not eval_rows:
+        logger.info("data.eval.fraction is 0: validation uses the training rows with fixed noise")
+        eval_rows = train_rows
+    return plan, fixed_draws(index, eval_rows, num_sigmas=args.eval_sigmas, seed=args.seed, expert=row)
+
+
+def resume_path(recipe: Recipe, args: WanTrainingArguments) -> str | None:
+    """Where to resume from: `auto` is the newest complete checkpoint of the output_dir, if there is one.
+
+    Raises:
+        ValueError: a named checkpoint is not complete, or the output_dir holds a run that is not to be resumed.
+    """
+    wanted = args.resume_from_checkpoint
+    newest = checkpoint.last_checkpoint(Path(args.output_dir))
+    if wanted in (None, False, "false", "never"):
+        if newest is not None:
+            raise ValueError(
+                f"training.output_dir={args.output_dir} holds checkpoints of another run ({newest.name}): choose another "
+                "folder, or set training.resume_from_checkpoint: auto to go on with it"
+            )
+        return None
+    if wanted == "auto" or wanted is True:
+        return str(newest) if newest is not None else None
+    checkpoint.read_manifest(Path(wanted))
+    return str(wanted)
+
+
+def write_run_file(recipe: Recipe, args: WanTrainingArguments) -> None:
+    """`run.json` (versions, layout) and `recipe.yaml` (resolved) in the output_dir."""
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "recipe.yaml").write_text(to_yaml(recipe))
+    run: dict[str, Any] = {
+        "versions": {name: version(name) for name in _VERSIONS},
+        "world_size": args.world_size,
+        "ulysses": args.ulysses,
+        "engine": launched_engine(),
+    }
+    (output / "run.json").write_text(json.dumps(run, indent=1))
+
+
+def run(trainer: WanTrainer, resume: str | None) -> int:
+    """Train, evaluate and save the end; write `run_state.json` whatever happens."""
+    args, output = trainer.args, Path(trainer.args.output_dir)
+    set_seed(args.seed)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+        if trainer.eval_draws and trainer.state.log_history[-1].get("eval_loss") is None:
+            trainer.evaluate()
+        if checkpoint.last_checkpoint(output) != output / f"checkpoint-{trainer.state.global_step}":
+            trainer._save_checkpoint(trainer.model_wrapped)
+    except BaseException as error:
+        if args.should_save:
+            write_run_state(output, "failed", trainer.state.global_step, f"{type(error).__name__}: {error}")
+        raise
+    if args.should_save:
+        write_run_state(output, "finished", trainer.state.global_step)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
