@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from preprocessing.types import Float, FrameBatch, Frames, Int, check_frames
+from wan_accel.data.clips import decode_mp4
 
 if TYPE_CHECKING:
     import decord
@@ -207,15 +208,6 @@ def _encode(frames_rgb: Frames, fps: float, *, crf: int, preset: str) -> bytes:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
     return buffer.getvalue()
-
-
-def decode_mp4(data: bytes) -> Frames:
-    """Decode all frames of an encoded video in memory to (T, H, W, 3) RGB."""
-    import av
-
-    with av.open(io.BytesIO(data), "r") as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    return np.stack(frames).astype(np.uint8, copy=False)
 
 
 def psnr_db(frames_rgb: Frames, expected_rgb: Frames) -> float:

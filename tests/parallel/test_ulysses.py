@@ -8,8 +8,9 @@ from ranks import run_ranks
 from wan_accel.models.denoiser import WanDenoiser, inject_ulysses
 from wan_accel.models.dit import AnimateSize, build_animate_adapter, build_dit
 from wan_accel.models.variants import DitSize
+from wan_accel.parallel.degrees import usable_degrees
 from wan_accel.parallel.mesh import ParallelDims
-from wan_accel.parallel.ulysses import SequenceParallel, TokenSpan, usable_degrees
+from wan_accel.parallel.ulysses import SequenceParallel, TokenSpan
 
 SIZE = DitSize(
     dim=96,

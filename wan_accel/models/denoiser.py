@@ -17,7 +17,8 @@ from wan_accel.models.attention import SdpaAttention, rope_table, upcast
 from wan_accel.models.blocks import Fp32Linear, WanBlock, WanFaceBlock, WanHead, adopt
 from wan_accel.models.dit import FACE_BLOCK_EVERY
 from wan_accel.models.variants import TEXT_LENGTH
-from wan_accel.parallel.ulysses import SequenceParallel, TokenSpan, UlyssesAttention, usable_degrees
+from wan_accel.parallel.degrees import usable_degrees
+from wan_accel.parallel.ulysses import SequenceParallel, TokenSpan, UlyssesAttention
 
 # Faces through the motion encoder at once; a 512 x 512 picture costs about 0.1 GB of activations in fp32.
 FACES_PER_CHUNK = 8

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from wan_accel.parallel.ulysses import usable_degrees
+from wan_accel.parallel.degrees import usable_degrees
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

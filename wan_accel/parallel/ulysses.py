@@ -152,8 +152,3 @@ class UlyssesAttention(nn.Module):
         out = F.pad(out, (0, 0, 0, size * length - self.num_tokens)).unflatten(1, (size, length))
         out = _ExchangeChunks.apply(out.transpose(0, 1).contiguous(), group)  # (P: heads, B, l, H/P*D)
         return out.permute(1, 2, 0, 3).flatten(2)
-
-
-def usable_degrees(num_heads: int, *, limit: int = 16) -> list[int]:
-    """Ulysses degrees that divide the heads."""
-    return [degree for degree in range(1, min(num_heads, limit) + 1) if num_heads % degree == 0]

@@ -1,0 +1,116 @@
+"""The `wan-accel` command: recipes, check, init-tiny, export."""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from wan_accel.recipe.check import check, read_engine
+from wan_accel.recipe.load import find_recipe, load_recipe, recipes_folder, shipped_recipes
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code, 2 for input that cannot be used."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="wan-accel", description="Train the Wan2.2 video diffusion models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    recipes = commands.add_parser("recipes", help="list, show or copy the shipped recipes")
+    actions = recipes.add_subparsers(required=True, metavar="ACTION")
+    actions.add_parser("list", help="names, one a line").set_defaults(run=_list)
+    actions.add_parser("path", help="the folder they are in").set_defaults(run=_path)
+    show = actions.add_parser("show", help="print one")
+    show.add_argument("recipe")
+    show.set_defaults(run=_show)
+    copy = actions.add_parser("copy", help="copy one to edit it")
+    copy.add_argument("recipe")
+    copy.add_argument("target", type=Path)
+    copy.set_defaults(run=_copy)
+
+    checking = commands.add_parser("check", help="check a recipe without running it")
+    checking.add_argument("recipe")
+    checking.add_argument("overrides", nargs="*", metavar="key=value")
+    checking.add_argument("--config_file", type=Path, help="the accelerate config it will be launched with")
+    checking.add_argument("--num_processes", type=int, help="processes it will be launched with")
+    checking.set_defaults(run=_check)
+
+    tiny = commands.add_parser("init-tiny", help="write a tiny random checkpoint in the original layout")
+    tiny.add_argument("variant")
+    tiny.add_argument("output", type=Path)
+    tiny.add_argument("--seed", type=int, default=0)
+    tiny.set_defaults(run=_init_tiny)
+
+    export = commands.add_parser("export", help="export a checkpoint of a run")
+    export.add_argument("path", type=Path, help="a run's output_dir, or one of its checkpoints")
+    export.add_argument("--layout", help="diffsynth (LoRA) or original (full weights)")
+    export.add_argument("--output", type=Path)
+    export.add_argument("--dtype", choices=["float32", "bfloat16"])
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    print("\n".join(shipped_recipes()))
+    return 0
+
+
+def _path(arguments: argparse.Namespace) -> int:
+    print(recipes_folder())
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    sys.stdout.write(find_recipe(arguments.recipe).read_text())
+    return 0
+
+
+def _copy(arguments: argparse.Namespace) -> int:
+    if arguments.target.exists():
+        raise ValueError(f"{arguments.target} exists: choose another file")
+    arguments.target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(find_recipe(arguments.recipe), arguments.target)
+    print(arguments.target)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    engine = read_engine(arguments.config_file) if arguments.config_file is not None else None
+    problems = check(recipe, world_size=arguments.num_processes, engine=engine)
+    for problem in problems:
+        sys.stderr.write(f"error: {problem}\n")
+    if not problems:
+        print(f"{arguments.recipe}: no problems found")
+    return 2 if problems else 0
+
+
+def _init_tiny(arguments: argparse.Namespace) -> int:
+    from wan_accel.tiny import init_tiny
+
+    init_tiny(arguments.variant, arguments.output, seed=arguments.seed)
+    print(f"{arguments.output}: a tiny {arguments.variant} checkpoint")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from wan_accel.export import describe, export
+
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    path = export(arguments.path, layout=arguments.layout, output=arguments.output, dtype=dtype)
+    print(describe(path))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,312 @@
+"""The on-disk protocol of both datasets: parts with sidecars, many writers, safe against kill -9. Torch-free.
+
+    <root>/wan_accel_run.json            schema and settings of the run that owns the folder
+    <root>/parts/<writer>/data-00000.arrow       an Arrow stream, written as .arrow.tmp and renamed when on disk
+    <root>/parts/<writer>/data-00000.arrow.json  its sidecar: rows, bytes, xxh64
+    <root>/state.json, dataset_info.json  made from the sidecars, so that `datasets.load_from_disk(root)` works
+"""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+import pyarrow as pa
+import xxhash
+
+from wan_accel.data.schema import check_schema
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+RUN_FILE = "wan_accel_run.json"
+PART_BYTES = 1 << 30
+BATCH_BYTES = 64 << 20
+BATCH_ROWS = 64
+
+
+class StoreError(ValueError):
+    """A dataset folder that cannot be used: what, where, what to do."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sidecar:
+    """What a finished part holds. Its existence is what makes a part count."""
+
+    rows: int
+    bytes: int
+    xxh64: str
+
+
+def claim_output(root: Path, *, schema: str, settings: dict[str, Any]) -> None:
+    """Make `root` the output of a run with these settings, or check that it already is.
+
+    Raises:
+        StoreError: the folder holds foreign files, or a run with another schema or other settings; the message
+            names the differences. Nothing is changed.
+    """
+    path = root / RUN_FILE
+    wanted = {"schema": schema, "settings": settings, "settings_hash": settings_hash(settings)}
+    if path.is_file():
+        found = json.loads(path.read_text())
+        check_schema(found.get("schema"), schema, str(root))
+        differences = [
+            f"{key}: {found['settings'].get(key)!r} there, {settings.get(key)!r} now"
+            for key in sorted({*found["settings"], *settings})
+            if found["settings"].get(key) != settings.get(key)
+        ]
+        if differences:
+            raise StoreError(
+                f"{root} was made with other settings ({'; '.join(differences)}): choose another output folder, or remove it"
+            )
+        return
+    if root.is_dir() and any(root.iterdir()):
+        raise StoreError(f"{root} is not empty and was not made by wan-accel: choose another output folder")
+    root.mkdir(parents=True, exist_ok=True)
+    _write_json(path, wanted)
+
+
+def settings_hash(settings: dict[str, Any]) -> str:
+    """Hash settings independent of their order."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file at once; each process has its own temporary file."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with _full_disk(path), temporary.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@contextmanager
+def _full_disk(path: Path) -> Iterator[None]:
+    """Turn "no space left" (and its relatives) into one clear error."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise StoreError(
+                f"no space left for {path} ({error.strerror}): free some and run the same command again; finished parts "
+                "are kept"
+            ) from error
+        raise
+
+
+class PartWriter:
+    """Appends rows to a dataset; each writer of a run has its own name and never touches another's files.
+
+    Rows are safe once their part is renamed: at `flush`, at `close`, and when a part reaches its size. A writer
+    that is killed loses at most the part being written.
+
+    Args:
+        root: the dataset folder, claimed before.
+        writer: a name unique among the running writers, e.g. `rank0`.
+        features: columns.
+        part_bytes: size at which a part is finished.
+
+    Raises:
+        StoreError: the disk is full.
+    """
+
+    def __init__(self, root: Path, *, writer: str, features: "Features", part_bytes: int = PART_BYTES) -> None:
+        self.root = root
+        self.folder = root / "parts" / writer
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.features = features
+        self.part_bytes = part_bytes
+        for leftover in self.folder.glob("*.tmp"):
+            leftover.unlink()  # of a writer of this name that was killed
+        for part in self.folder.glob("data-*.arrow"):
+            if not _sidecar_path(part).is_file():
+                part.unlink()  # renamed, but killed before its sidecar: it never counted
+        numbers = [int(path.name[5:10]) for path in self.folder.glob("data-*.arrow")]
+        self._number = max(numbers, default=-1) + 1
+        self._rows: list[dict[str, Any]] = []
+        self._buffered = 0
+        self._file: IO[bytes] | None = None
+        self._stream: Any = None
+        self._written_rows = 0
+
+    def __enter__(self) -> "PartWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+    @property
+    def _part(self) -> Path:
+        return self.folder / f"data-{self._number:05}.arrow"
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row; it is on disk when its part is finished."""
+        encoded = self.features.encode_example({name: row.get(name) for name in self.features})
+        self._rows.append(encoded)
+        self._buffered += _size(encoded)
+        if self._buffered >= BATCH_BYTES or len(self._rows) >= BATCH_ROWS:
+            self._write_batch()
+            if self._file is not None and self._file.tell() >= self.part_bytes:
+                self.flush()
+
+    def _write_batch(self) -> None:
+        if not self._rows:
+            return
+        from datasets.arrow_writer import ArrowWriter
+
+        with _full_disk(self._part):
+            if self._file is None:
+                self._file = self._part.with_name(self._part.name + ".tmp").open("wb")
+                self._stream = ArrowWriter(stream=pa.PythonFile(self._file), features=self.features)
+            for row in self._rows:
+                self._stream.write(row)
+            self._stream.write_examples_on_file()
+        self._written_rows += len(self._rows)
+        self._rows, self._buffered = [], 0
+
+    def flush(self) -> None:
+        """Finish the part: every row written so far is safe when this returns."""
+        self._write_batch()
+        if self._file is None:
+            return
+        temporary = Path(self._file.name)
+        with _full_disk(self._part):
+            self._stream.finalize(close_stream=False)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        sidecar = Sidecar(rows=self._written_rows, bytes=temporary.stat().st_size, xxh64=_hash_file(temporary))
+        temporary.rename(self._part)
+        _write_json(_sidecar_path(self._part), asdict(sidecar))
+        self._number += 1
+        self._file = self._stream = None
+        self._written_rows = 0
+
+    def close(self) -> None:
+        """Finish the part and make its rows visible to `load_from_disk`."""
+        self.flush()
+        refresh_state(self.root, self.features)
+
+    def abandon(self) -> None:
+        """Drop the unfinished part, keep the finished ones."""
+        self._rows = []
+        if self._file is not None:
+            self._file.close()
+            Path(self._file.name).unlink(missing_ok=True)
+            self._file = self._stream = None
+
+
+def _size(value: Any) -> int:
+    """Bytes of the large values of an encoded row."""
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    if isinstance(value, list):
+        return 8 * len(value) if value and isinstance(value[0], (int, float)) else sum(map(_size, value))
+    if isinstance(value, (bytes, str)):
+        return len(value)
+    return getattr(value, "nbytes", 8)
+
+
+def _sidecar_path(part: Path) -> Path:
+    return part.with_name(part.name + ".json")
+
+
+def _hash_file(path: Path) -> str:
+    digest = xxhash.xxh64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def parts(root: Path) -> dict[Path, Sidecar]:
+    """Finished parts with their sidecars, in a fixed order."""
+    found = {}
+    for path in sorted(root.glob("parts/*/data-*.arrow.json")):
+        found[path.with_name(path.name.removesuffix(".json"))] = Sidecar(**json.loads(path.read_text()))
+    return found
+
+
+def refresh_state(root: Path, features: "Features") -> None:
+    """Write state.json and dataset_info.json from the sidecars, each replaced at once."""
+    from datasets import DatasetInfo
+
+    files = [{"filename": str(part.relative_to(root))} for part in parts(root)]
+    if not files:
+        return
+    info = asdict(DatasetInfo(features=features))
+    _write_json(root / "dataset_info.json", {key: value for key, value in info.items() if value is not None})
+    state = {
+        "_data_files": files, "_fingerprint": settings_hash({"files": files}), "_format_columns": None,
+        "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None,
+    }  # fmt: skip
+    _write_json(root / "state.json", state)
+
+
+def load(root: Path, schema: str, *, columns: list[str] | None = None) -> "Dataset":
+    """Open a dataset and check it: `datasets.load_from_disk` plus schema and row counts.
+
+    Raises:
+        StoreError: it does not exist, is empty, remote, or a part is missing or cut short.
+        SchemaError: another schema.
+    """
+    from datasets import load_from_disk
+
+    if "://" in str(root):
+        raise StoreError(f"{root} is remote: copy it to a local disk first, e.g. `aws s3 sync {root} /data/...`")
+    root = Path(root)
+    if not (root / "state.json").is_file():
+        raise StoreError(f"{root} is not a dataset of wan-accel (no state.json): give the folder that a run wrote")
+    found = parts(root)
+    for part, sidecar in found.items():
+        if not part.is_file():
+            raise StoreError(f"{part} is missing: restore it, or remove {_sidecar_path(part).name} to go on without it")
+        if part.stat().st_size != sidecar.bytes:
+            raise StoreError(
+                f"{part} is damaged: {part.stat().st_size} bytes, its sidecar says {sidecar.bytes}. Copy it again, or "
+                "remove the part with its sidecar and run the command that made it"
+            )
+    if (root / RUN_FILE).is_file():
+        check_schema(json.loads((root / RUN_FILE).read_text()).get("schema"), schema, str(root))
+    dataset = load_from_disk(str(root))
+    listed = {root / entry["filename"] for entry in json.loads((root / "state.json").read_text())["_data_files"]}
+    expected = sum(sidecar.rows for part, sidecar in found.items() if part in listed)
+    if len(dataset) != expected:
+        raise StoreError(f"{root} loads {len(dataset)} rows, its sidecars say {expected}: run `verify` to find the part")
+    check_schema(dataset.select_columns(["schema"])[0]["schema"], schema, str(root))
+    return dataset.select_columns(columns) if columns is not None else dataset
+
+
+def ids(root: Path, column: str) -> set[str]:
+    """Values of a string column over all finished parts: what is done already. Empty for a new folder."""
+    done: set[str] = set()
+    for part in parts(root):
+        with pa.memory_map(str(part)) as source:
+            for batch in pa.ipc.open_stream(source):
+                done.update(batch.column(column).to_pylist())
+    return done
+
+
+def verify(root: Path) -> list[str]:
+    """Check every part's size and hash; return what is wrong, one line each."""
+    problems = []
+    for part, sidecar in parts(root).items():
+        if not part.is_file():
+            problems.append(f"{part}: missing")
+        elif part.stat().st_size != sidecar.bytes:
+            problems.append(f"{part}: {part.stat().st_size} bytes, expected {sidecar.bytes}")
+        elif _hash_file(part) != sidecar.xxh64:
+            problems.append(f"{part}: content differs from its hash")
+    return problems

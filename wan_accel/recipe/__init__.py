@@ -1,0 +1,1 @@
+"""Recipes: one YAML says everything about a run."""

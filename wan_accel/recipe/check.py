@@ -1,0 +1,106 @@
+"""Rules across sections, all at once and without side effects: no GPU, no network, no process group. Torch-free."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from wan_accel.models.variants import Variant, get_variant
+from wan_accel.parallel.degrees import usable_degrees
+from wan_accel.recipe.schema import Recipe
+
+# Variants whose conditioning is not written yet can be read and exported, not trained.
+TRAINABLE = ("animate-14b", "t2v-a14b", "t2v-1.3b")
+
+
+def check(
+    recipe: Recipe, *, world_size: int | None = None, engine: str | None = None, num_heads: int | None = None
+) -> list[str]:
+    """Every problem of a recipe on a layout, one line each; an empty list means it fits.
+
+    Args:
+        recipe: a loaded recipe.
+        world_size: processes, where known.
+        engine: `single`, `ddp`, `fsdp2`, `hsdp` or `zero3`, where known.
+        num_heads: of the checkpoint; the variant's by default, as released.
+    """
+    try:
+        variant = get_variant(recipe.variant)
+    except ValueError as error:
+        return [str(error)]
+    problems = _check_variant(recipe, variant)
+    problems += _check_parallel(recipe, world_size, num_heads)
+    for key, path in (("data.latents", recipe.data.latents), ("data.clips", recipe.data.clips)):
+        if path is not None and "://" in path:
+            problems.append(
+                f"{key}={path} is remote: every process would copy all of it. Stage it first, e.g. "
+                f"`aws s3 sync {path} /local/{Path(path).name}`, and give the local folder"
+            )
+    if recipe.method.kind == "full" and recipe.model.torch_dtype != "float32" and engine != "zero3":
+        problems.append(
+            "model.torch_dtype=bfloat16 with method.kind=full: small updates would be rounded away; use float32 (the "
+            "accelerate config's mixed_precision: bf16 computes in bfloat16)"
+        )
+    return problems
+
+
+def _check_variant(recipe: Recipe, variant: Variant) -> list[str]:
+    problems = []
+    names = [expert.name for expert in variant.experts]
+    if variant.name not in TRAINABLE:
+        problems.append(f"variant={variant.name} cannot be trained yet: use {', '.join(TRAINABLE)}")
+    if len(names) > 1 and recipe.model.expert is None:
+        problems.append(f"model.expert is missing: {variant.name} has {' and '.join(names)}")
+    if len(names) == 1 and recipe.model.expert is not None:
+        problems.append(f"model.expert={recipe.model.expert}: {variant.name} has one expert only; remove the key")
+    if recipe.data.face_dropout and not variant.has_animate_adapter:
+        problems.append(f"data.face_dropout={recipe.data.face_dropout}: {variant.name} has no face input; remove the key")
+    return problems
+
+
+def _check_parallel(recipe: Recipe, world_size: int | None, num_heads: int | None) -> list[str]:
+    ulysses, variant = recipe.parallel.ulysses, get_variant(recipe.variant)
+    # Tiny checkpoints have other numbers of heads: without a checkpoint at hand only the released one is known.
+    heads = num_heads or (variant.dit.num_heads if not Path(recipe.model.checkpoint).is_dir() else None)
+    problems = []
+    if heads is not None and heads % ulysses:
+        degrees = ", ".join(map(str, usable_degrees(heads)))
+        problems.append(f"parallel.ulysses={ulysses} does not divide num_heads={heads} ({variant.name}): use {degrees}")
+    if world_size is None:
+        return problems
+    if world_size % ulysses:
+        problems.append(
+            f"parallel.ulysses={ulysses} does not divide the {world_size} processes: start a multiple of {ulysses}"
+        )
+        return problems
+    data_ranks, samples = world_size // ulysses, recipe.data.global_batch.samples
+    if samples % data_ranks:
+        problems.append(
+            f"data.global_batch.samples={samples} is not a multiple of the {data_ranks} data ranks ({world_size} processes "
+            f"/ ulysses {ulysses}): some would idle in every step; use {samples + -samples % data_ranks}"
+        )
+    return problems
+
+
+def read_engine(path: Path) -> str:
+    """The engine of an accelerate config file.
+
+    Raises:
+        ValueError: the file cannot be read, or asks for an engine that is not supported.
+    """
+    try:
+        config: dict[str, Any] = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"accelerate config {path} cannot be read: {error}") from None
+    kind = str(config.get("distributed_type", "NO")).upper()
+    if kind == "DEEPSPEED":
+        stage = (config.get("deepspeed_config") or {}).get("zero_stage")
+        if stage != 3:
+            raise ValueError(f"{path}: zero_stage={stage} is not supported yet: use 3")
+        return "zero3"
+    if kind == "FSDP":
+        if (config.get("fsdp_config") or {}).get("fsdp_version") != 2:
+            raise ValueError(f"{path}: only fsdp_version: 2 is supported")
+        replicas = (config.get("parallelism_config") or {}).get("parallelism_config_dp_replicate_size", 1)
+        return "hsdp" if replicas > 1 else "fsdp2"
+    return {"NO": "single"}.get(kind, "ddp")

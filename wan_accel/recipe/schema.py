@@ -1,0 +1,127 @@
+"""The recipe's sections as dataclasses; pydantic validates them, all problems at once. Torch-free."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+_STRICT = ConfigDict(extra="forbid", strict=False)
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """Where weights come from. `expert` is high or low for A14B pairs.
+
+    `torch_dtype` is that of the base weights in memory: bfloat16 halves a LoRA's frozen base; full training needs
+    float32 masters.
+    """
+
+    __pydantic_config__ = _STRICT
+    checkpoint: str
+    expert: Literal["high", "low"] | None = None
+    torch_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """LoRA (names as in peft.LoraConfig) or full training."""
+
+    __pydantic_config__ = _STRICT
+    kind: Literal["lora", "full"]
+    r: Positive = 32
+    lora_alpha: Annotated[float, Field(gt=0)] = 32.0
+    target_modules: Literal["default"] | list[str] = "default"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Samples:
+    """A number of samples."""
+
+    __pydantic_config__ = _STRICT
+    samples: Positive
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Eval:
+    """The validation split; clips of one source stay together. 0 means validation on the training rows."""
+
+    __pydantic_config__ = _STRICT
+    fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """Datasets and batches. `global_batch` is over all ranks, `micro_batch` what a rank runs at once."""
+
+    __pydantic_config__ = _STRICT
+    latents: str
+    clips: str | None = None
+    global_batch: Samples = field(default_factory=lambda: Samples(samples=1))
+    micro_batch: Samples = field(default_factory=lambda: Samples(samples=1))
+    caption_dropout: Probability = 0.0
+    face_dropout: Probability = 0.0
+    eval: Eval = field(default_factory=Eval)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cache:
+    """How conditions are encoded. `known_variants` are drawn a clip; training picks one an epoch."""
+
+    __pydantic_config__ = _STRICT
+    known_variants: Annotated[int, Field(ge=0)] = 4
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Objective:
+    """Density of sigma, its shift (the variant's by default) and the weighting of the loss."""
+
+    __pydantic_config__ = _STRICT
+    preset: Literal["diffsynth"] | None = None
+    density: Literal["uniform", "logit_normal", "mode"] = "uniform"
+    shift: Annotated[float, Field(gt=0)] | None = None
+    weighting: Literal["none", "bell"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parallel:
+    """Sequence parallelism; everything else about parallelism is in the accelerate config."""
+
+    __pydantic_config__ = _STRICT
+    ulysses: Positive = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Activation checkpointing: `full` recomputes every block, `none` keeps everything."""
+
+    __pydantic_config__ = _STRICT
+    activation_checkpointing: Literal["full", "none"] = "full"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Validation:
+    """Fixed-noise loss every so many steps, at `sigmas` noise levels a clip; 0 steps means never."""
+
+    __pydantic_config__ = _STRICT
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    sigmas: Positive = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A whole run. `training` is checked against the TrainingArguments table (`wan_accel.recipe.arguments`)."""
+
+    __pydantic_config__ = _STRICT
+    variant: str
+    model: Model
+    method: Method
+    data: Data
+    cache: Cache = field(default_factory=Cache)
+    objective: Objective = field(default_factory=Objective)
+    parallel: Parallel = field(default_factory=Parallel)
+    memory: Memory = field(default_factory=Memory)
+    validation: Validation = field(default_factory=Validation)
+    training: dict[str, Any] = field(default_factory=dict)
