@@ -59,9 +59,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise ValueError(
-            f"{folder} is not a complete checkpoint (no {MANIFEST}): choose another one of the same run"
-        )
+        raise ValueError(f"{folder} is not a complete checkpoint (no {MANIFEST}): choose another one of the same run")
     fields = json.loads(path.read_text())
     if fields.get("format") != FORMAT:
         raise ValueError(f"{folder} has format {fields.get('format')!r}, this version reads {FORMAT!r}")
@@ -71,9 +69,7 @@ def read_manifest(folder: Path) -> Manifest:
 def complete_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if (path / MANIFEST).is_file()]
-    return sorted(
-        (p for p in found if p.name.split("-")[-1].isdigit()), key=lambda p: int(p.name.split("-")[-1])
-    )
+    return sorted((p for p in found if p.name.split("-")[-1].isdigit()), key=lambda p: int(p.name.split("-")[-1]))
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:

@@ -21,16 +21,12 @@ def main(argv: list[str] | None = None) -> int:
     """Print the loss as one line of JSON; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    parser.add_argument(
-        "overrides", nargs="*", help="key=value; model.checkpoint=... evaluates other full weights"
-    )
+    parser.add_argument("overrides", nargs="*", help="key=value; model.checkpoint=... evaluates other full weights")
     parser.add_argument("--lora", type=Path, help="an exported LoRA, merged into the base weights")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
     try:
-        recipe = load_recipe(
-            arguments.recipe, [*arguments.overrides, "method={kind: full}", "training.report_to=none"]
-        )
+        recipe = load_recipe(arguments.recipe, [*arguments.overrides, "method={kind: full}", "training.report_to=none"])
         metrics = evaluate(recipe, arguments.lora)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
@@ -49,16 +45,10 @@ def evaluate(recipe: Recipe, lora: Path | None) -> dict[str, float]:
     if launched_engine() == "zero3":
         raise ValueError("evaluation runs on one process, DDP or FSDP2: use another --config_file")
     if not recipe.validation.every_steps:
-        raise ValueError(
-            "validation.every_steps is 0, so the recipe has no validation draws: set it, e.g. to 100"
-        )
+        raise ValueError("validation.every_steps is 0, so the recipe has no validation draws: set it, e.g. to 100")
     variant = get_variant(recipe.variant)
-    folder = dit_folder(
-        Path(recipe.model.checkpoint), variant, recipe.model.expert or default_expert(variant)
-    )
-    reader = (
-        MergedReader(folder, lora_deltas(load_file(lora))) if lora is not None else CheckpointReader(folder)
-    )
+    folder = dit_folder(Path(recipe.model.checkpoint), variant, recipe.model.expert or default_expert(variant))
+    reader = MergedReader(folder, lora_deltas(load_file(lora))) if lora is not None else CheckpointReader(folder)
     trainer = build_trainer(recipe, reader)
     loss, zero_loss = trainer.fixed_losses(trainer.eval_draws)
     if not trainer.is_world_process_zero():

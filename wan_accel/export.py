@@ -41,9 +41,7 @@ def export(
     """
     checkpoint = path if (path / "manifest.json").is_file() else last_checkpoint(path)
     if checkpoint is None:
-        raise ValueError(
-            f"{path} holds no complete checkpoint: give a run's output_dir or a checkpoint-N folder"
-        )
+        raise ValueError(f"{path} holds no complete checkpoint: give a run's output_dir or a checkpoint-N folder")
     manifest = read_manifest(checkpoint)
     layout = layout or LAYOUTS[manifest.method][0]
     if layout not in LAYOUTS[manifest.method]:
@@ -83,9 +81,7 @@ def metadata(manifest: Manifest) -> dict[str, str]:
     return fields
 
 
-def _export_lora(
-    trained: dict[str, Tensor], manifest: Manifest, output: Path, dtype: torch.dtype | None
-) -> Path:
+def _export_lora(trained: dict[str, Tensor], manifest: Manifest, output: Path, dtype: torch.dtype | None) -> Path:
     """Original module names with `.lora_A.default.weight`; alpha / r is folded into B, as the layout stores none."""
     assert manifest.lora is not None
     scale = manifest.lora["lora_alpha"] / manifest.lora["r"]
@@ -111,9 +107,7 @@ def lora_deltas(state: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     for name, tensor in state.items():
         stem, separator, rest = name.removeprefix("diffusion_model.").partition(".lora_")
         if not separator:
-            raise ValueError(
-                f"tensor {name} is not part of a LoRA: expected names with .lora_A. and .lora_B."
-            )
+            raise ValueError(f"tensor {name} is not part of a LoRA: expected names with .lora_A. and .lora_B.")
         pairs[f"{stem}.weight"][rest[0]] = tensor
     lonely = [name for name, pair in pairs.items() if set(pair) != {"A", "B"}]
     if lonely:
@@ -143,9 +137,7 @@ def verify_diffsynth_lora(path: Path, manifest: Manifest) -> int:
     for names in blocks.values():
         skeleton = _skeleton({name: reader.read(name).float() for name in names})
         part = {key: value for key, value in state.items() if _weight_of(key) in names}
-        GeneralLoRALoader(device="cpu", torch_dtype=torch.float32).fuse_lora_to_base_model(
-            skeleton, part, alpha=1.0
-        )
+        GeneralLoRALoader(device="cpu", torch_dtype=torch.float32).fuse_lora_to_base_model(skeleton, part, alpha=1.0)
         for name in names:
             down, up = deltas[name]
             expected = reader.read(name).float() + up.float() @ down.float()
@@ -174,9 +166,7 @@ def _skeleton(weights: dict[str, Tensor]) -> nn.Module:
     return root
 
 
-def _export_full(
-    trained: dict[str, Tensor], manifest: Manifest, output: Path, dtype: torch.dtype | None
-) -> Path:
+def _export_full(trained: dict[str, Tensor], manifest: Manifest, output: Path, dtype: torch.dtype | None) -> Path:
     """Trained tensors under their original names, with the base's motion encoder and config.json beside them."""
     from huggingface_hub import save_torch_state_dict
 

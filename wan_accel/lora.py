@@ -36,9 +36,7 @@ def inject_lora(model: nn.Module, settings: LoraSettings, variant: Variant) -> n
     """
     targets = settings.target_modules or variant.lora_targets
     names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and _matches(name, targets)
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and _matches(name, targets)
     ]
     missing = [t for t in targets if not any(_matches(name, (t,)) for name in names)]
     if missing:
@@ -47,9 +45,7 @@ def inject_lora(model: nn.Module, settings: LoraSettings, variant: Variant) -> n
             f"use names such as {', '.join(variant.lora_targets)}"
         )
     model.requires_grad_(False)
-    config = LoraConfig(
-        r=settings.r, lora_alpha=settings.lora_alpha, target_modules=names, init_lora_weights=False
-    )
+    config = LoraConfig(r=settings.r, lora_alpha=settings.lora_alpha, target_modules=names, init_lora_weights=False)
     is_meta = next(model.parameters()).is_meta
     inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=is_meta)
     for name, parameter in model.named_parameters():

@@ -136,9 +136,7 @@ class StepPlan:
         rows: Sequence[int] | None = None,
     ) -> None:
         self.index = index
-        self.rows = (
-            np.arange(len(index.buckets)) if rows is None else np.asarray(sorted(rows), dtype=np.int64)
-        )
+        self.rows = np.arange(len(index.buckets)) if rows is None else np.asarray(sorted(rows), dtype=np.int64)
         if len(self.rows) == 0:
             raise ValueError("the training split has no rows: lower data.eval.fraction or add clips")
         if global_batch < 1 or micro_batch < 1:
@@ -170,9 +168,7 @@ class StepPlan:
         for (bucket, expert), rows in groups:
             draws = [self._draw(int(row), epoch) for row in rows]
             micro_steps += _deal(bucket, expert, draws, num_data_ranks, self.micro_batch, first_rank)
-            first_rank += len(
-                draws
-            )  # the next group goes on where this one stopped, which evens out the tails
+            first_rank += len(draws)  # the next group goes on where this one stopped, which evens out the tails
         return Step(
             step=step,
             epoch=epoch,
@@ -200,9 +196,7 @@ class StepPlan:
         if len(self.experts) == 1:
             return self.experts[0].name
         sigma = self._sigma(row, epoch)
-        return next(
-            e.name for e in self.experts if e.sigma_min <= sigma < e.sigma_max or sigma == e.sigma_max == 1.0
-        )
+        return next(e.name for e in self.experts if e.sigma_min <= sigma < e.sigma_max or sigma == e.sigma_max == 1.0)
 
     def _sigma(self, row: int, epoch: int) -> float:
         return self.levels.sample(float(_uniform(self.seed, _SIGMA, epoch, np.asarray(row))))
@@ -256,9 +250,7 @@ def _deal(
 
 
 def _as_filler(draw: SampleDraw) -> SampleDraw:
-    return SampleDraw(
-        index=draw.index, epoch=draw.epoch, sigma=draw.sigma, noise_seed=draw.noise_seed, weight=0.0
-    )
+    return SampleDraw(index=draw.index, epoch=draw.epoch, sigma=draw.sigma, noise_seed=draw.noise_seed, weight=0.0)
 
 
 def imbalance(steps: Sequence[Step], flops: Mapping[Bucket, float] | Callable[[Bucket], float]) -> float:

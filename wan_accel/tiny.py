@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffsynth.models.wan_video_animate_adapter import Generator as MotionEncoder
 from diffsynth.models.wan_video_image_encoder import VisionTransformer
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import CausalConv3d, Resample, ResidualBlock, VideoVAE38_, VideoVAE_
@@ -20,7 +21,8 @@ from tokenizers.trainers import UnigramTrainer
 from torch import Generator, Tensor, nn
 
 from wan_accel.models.dit import FACE_BLOCK_EVERY, AnimateSize, build_animate_adapter, build_dit
-from wan_accel.models.encoders import CLIP_HEADS, LATENT_STATISTICS
+from wan_accel.models.encoder_sizes import CLIP_HEADS
+from wan_accel.models.encoders import LATENT_STATISTICS
 from wan_accel.models.variants import (
     CLIP_FILE,
     TEXT_ENCODER_FILE,
@@ -32,7 +34,7 @@ from wan_accel.models.variants import (
 )
 
 DIM, NUM_HEADS, NUM_LAYERS, FFN_DIM, FREQ_DIM = 96, 8, 6, 192, 64
-TEXT_DIM, CLIP_DIM, VAE_DIM, NUM_TOKENS = 64, 64, 4, 800
+TEXT_DIM, CLIP_DIM, VAE_DIM, NUM_TOKENS = 64, 64, 8, 800
 MOTION_CHANNELS = (1, 2, 4, 8, 8, 16, 16, 16)
 MOTION_DIM, FACE_WIDTH = 32, 32
 LATENT_STD = 1.0
@@ -122,15 +124,29 @@ def _animate_tensors(size: DitSize) -> dict[str, Tensor]:
         )
     )
     for module in (adapter.pose_patch_embedding, adapter.face_adapter, adapter.face_encoder):
-        _draw(module)  # the motion encoder's layers scale themselves
+        _draw(module)
+    _calibrate_motion(adapter.motion_encoder)
     # The released files do not hold the blur kernels, which are constants.
     return {name: tensor for name, tensor in adapter.state_dict().items() if not name.endswith(".kernel")}
+
+
+@torch.no_grad()
+def _calibrate_motion(encoder: MotionEncoder) -> None:
+    """Set the last layer so that the motion coordinates of pictures have mean 0 and std 1.
+
+    The layers before it, whose weights scale themselves, stay as they are drawn.
+    """
+    coordinates = encoder.enc.enc_motion(_pictures(512, num_frames=1)[:, :, 0])  # (pictures, directions)
+    last = encoder.enc.fc[-1]
+    std, mean = torch.std_mean(coordinates, dim=0)
+    last.weight.div_(std[:, None])
+    last.bias.sub_(mean).div_(std)
 
 
 def _write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
     names = sorted(tensors)
     half = -(-len(names) // NUM_SHARDS)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(NUM_SHARDS):
         file = f"diffusion_pytorch_model-{shard + 1:05d}-of-{NUM_SHARDS:05d}.safetensors"
         chosen = names[shard * half : (shard + 1) * half]
@@ -147,7 +163,7 @@ def _draw(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()
-        elif name.endswith("modulation") or name.endswith("padding_tokens"):
+        elif name.endswith(("modulation", "padding_tokens")):
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
         elif parameter.ndim > 1 and name.endswith("weight"):
             parameter.normal_(std=parameter[0].numel() ** -0.5)
@@ -161,8 +177,14 @@ def _text_encoder(num_tokens: int) -> WanTextEncoder:
 
 def _clip() -> VisionTransformer:
     return VisionTransformer(
-        image_size=224, patch_size=14, dim=CLIP_DIM, out_dim=32, num_heads=CLIP_HEADS, num_layers=3, activation="gelu"
-    )  # fmt: skip
+        image_size=224,
+        patch_size=14,
+        dim=CLIP_DIM,
+        out_dim=32,
+        num_heads=CLIP_HEADS,
+        num_layers=3,
+        activation="gelu",
+    )
 
 
 def _write_tokenizer(folder: Path) -> int:
@@ -183,8 +205,8 @@ def _write_tokenizer(folder: Path) -> int:
     )
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": TEXT_LENGTH, **_SPECIAL_TOKENS}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": TEXT_LENGTH}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | _SPECIAL_TOKENS, indent=2) + "\n")
     (folder / "special_tokens_map.json").write_text(json.dumps(_SPECIAL_TOKENS, indent=2) + "\n")
     return tokenizer.get_vocab_size()
 
@@ -213,7 +235,7 @@ def _vae(variant: Variant) -> VideoVAE_:
 
 
 def _see_one_frame(conv: nn.Conv3d) -> None:
-    """Cut a causal convolution's view of earlier frames, which are 0 before the first: all frames then look alike."""
+    """Cut a convolution's view of earlier frames, zeros before the first: all frames then look alike."""
     if conv.kernel_size[0] > 1:
         conv.weight[:, :, :-1] = 0
         conv.weight.mul_(conv.kernel_size[0] ** 0.5)

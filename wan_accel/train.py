@@ -53,9 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None, description: str) -> argparse.Namespace:
     """The command line that train, cache and evaluate share: a recipe and overrides."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "recipe", help="a YAML file, or the name of a shipped recipe such as animate-14b/lora"
-    )
+    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as animate-14b/lora")
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. training.max_steps=10")
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
     return parser.parse_args(argv)

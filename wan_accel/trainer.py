@@ -307,9 +307,7 @@ class WanTrainer(Trainer):
             )
         for field in ("variant", "expert", "method", "lora", "trained"):
             if getattr(saved, field) != getattr(current, field):
-                raise ValueError(
-                    f"{folder} trains another {field} than this recipe: use another output_dir or recipe"
-                )
+                raise ValueError(f"{folder} trains another {field} than this recipe: use another output_dir or recipe")
         if self.engine == "zero3":
             if saved.world_size != self.args.world_size:
                 raise ValueError(

@@ -68,9 +68,7 @@ def _check_lengths(clip: Clip, num_frames: int, hw: tuple[int, int]) -> None:
     if clip.frames_rgb is None:
         raise ValueError(f"clip {clip.clip_id} has no video")
     if clip.frames_rgb.shape != (num_frames, *hw, 3):
-        raise ValueError(
-            f"clip {clip.clip_id}: video is {clip.frames_rgb.shape}, its row says {(num_frames, *hw, 3)}"
-        )
+        raise ValueError(f"clip {clip.clip_id}: video is {clip.frames_rgb.shape}, its row says {(num_frames, *hw, 3)}")
     for name in ("mask", "faces_rgb", "boxes", "keypoints", "pose_keypoints"):
         value = getattr(clip, name)
         if value is not None and len(value) != num_frames:

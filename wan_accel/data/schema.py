@@ -106,7 +106,7 @@ def latents_features() -> "Features":
             "height": Value("int32"), "width": Value("int32"), "fps": Value("float64"),
             "modes": Sequence(Value("string")), "latents": tensor_feature(), "reference_latents": tensor_feature(),
             "pose_latents": tensor_feature(), "clip_features": tensor_feature(), "motion_vectors": tensor_feature(),
-            "known": [known],
+            "known": [known], "num_known": Value("int32"),
             "keys": {name: Value("string") for name in ("text", "video", "pose", "reference", "face", "known")},
         }
     )  # fmt: skip

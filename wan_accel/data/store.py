@@ -1,9 +1,9 @@
 """The on-disk protocol of both datasets: parts with sidecars, many writers, safe against kill -9. Torch-free.
 
-    <root>/wan_accel_run.json            schema and settings of the run that owns the folder
-    <root>/parts/<writer>/data-00000.arrow       an Arrow stream, written as .arrow.tmp and renamed when on disk
-    <root>/parts/<writer>/data-00000.arrow.json  its sidecar: rows, bytes, xxh64
-    <root>/state.json, dataset_info.json  made from the sidecars, so that `datasets.load_from_disk(root)` works
+<root>/wan_accel_run.json            schema and settings of the run that owns the folder
+<root>/parts/<writer>/data-00000.arrow       an Arrow stream, written as .arrow.tmp and renamed when on disk
+<root>/parts/<writer>/data-00000.arrow.json  its sidecar: rows, bytes, xxh64
+<root>/state.json, dataset_info.json  made from the sidecars, so that `datasets.load_from_disk(root)` works
 """
 
 import errno
@@ -284,7 +284,9 @@ def load(root: Path, schema: str, *, columns: list[str] | None = None) -> "Datas
     listed = {root / entry["filename"] for entry in json.loads((root / "state.json").read_text())["_data_files"]}
     expected = sum(sidecar.rows for part, sidecar in found.items() if part in listed)
     if len(dataset) != expected:
-        raise StoreError(f"{root} loads {len(dataset)} rows, its sidecars say {expected}: run `verify` to find the part")
+        raise StoreError(
+            f"{root} loads {len(dataset)} rows, its sidecars say {expected}: run `verify` to find the part"
+        )
     check_schema(dataset.select_columns(["schema"])[0]["schema"], schema, str(root))
     return dataset.select_columns(columns) if columns is not None else dataset
 

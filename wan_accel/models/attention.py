@@ -48,9 +48,7 @@ def rope_table(
         ValueError: a side of the grid is over 1024 positions.
     """
     if max(grid) > NUM_ROPE_POSITIONS:
-        raise ValueError(
-            f"latent grid {grid} (frames, rows, columns) exceeds the {NUM_ROPE_POSITIONS} RoPE positions"
-        )
+        raise ValueError(f"latent grid {grid} (frames, rows, columns) exceeds the {NUM_ROPE_POSITIONS} RoPE positions")
     third = 2 * (head_dim // 6)
     angles = []
     for axis, (size, width) in enumerate(zip(grid, (head_dim - 2 * third, third, third))):

@@ -101,9 +101,7 @@ class WanBlock(CheckpointedModule):
         out = attention.attn(q, attention.norm_k(attention.k(text)), attention.v(text))
         if self.has_image:
             image = context[:, :NUM_CLIP_TOKENS]
-            out = out + attention.attn(
-                q, attention.norm_k_img(attention.k_img(image)), attention.v_img(image)
-            )
+            out = out + attention.attn(q, attention.norm_k_img(attention.k_img(image)), attention.v_img(image))
         return attention.o(out)
 
 

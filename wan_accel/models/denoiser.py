@@ -57,9 +57,7 @@ class WanDenoiser(nn.Module):
         self.has_adapter = adapter is not None
         if adapter is not None:
             adopt(self, adapter)
-            self.face_adapter.fuser_blocks = nn.ModuleList(
-                map(WanFaceBlock, adapter.face_adapter.fuser_blocks)
-            )
+            self.face_adapter.fuser_blocks = nn.ModuleList(map(WanFaceBlock, adapter.face_adapter.fuser_blocks))
             if with_motion_encoder:
                 for name, parameter in self.motion_encoder.named_parameters():
                     # Blur kernels are constants; diffsynth happens to register them as parameters.
@@ -157,9 +155,7 @@ class WanDenoiser(nn.Module):
             return context
         return torch.cat([self.img_emb(clip_features.to(text.dtype)), context], dim=1)
 
-    def _embed_motion(
-        self, motion_vectors: Tensor | None, faces: Tensor | None, dtype: torch.dtype
-    ) -> Tensor | None:
+    def _embed_motion(self, motion_vectors: Tensor | None, faces: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Motion tokens (B, F, N, C); the reference slot's are zeros."""
         if faces is not None:
             motion_vectors = self.encode_motion(faces.to(dtype))
@@ -245,9 +241,7 @@ def inject_ulysses(model: WanDenoiser, group: torch.distributed.ProcessGroup) ->
     parallel = SequenceParallel(group)
     if model.num_heads % parallel.size:
         degrees = ", ".join(map(str, usable_degrees(model.num_heads)))
-        raise ValueError(
-            f"parallel.ulysses={parallel.size} does not divide num_heads={model.num_heads}: use {degrees}"
-        )
+        raise ValueError(f"parallel.ulysses={parallel.size} does not divide num_heads={model.num_heads}: use {degrees}")
     model.sequence_parallel = parallel
     for block in model.blocks:
         inner = SdpaAttention(model.num_heads // parallel.size)

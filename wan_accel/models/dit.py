@@ -78,9 +78,7 @@ def build_dit(size: DitSize) -> WanModel:
 
 def build_animate_adapter(size: AnimateSize) -> WanAnimateAdapter:
     """Build the Animate adapter at any size from the classes that the released one is made of."""
-    adapter = WanAnimateAdapter.__new__(
-        WanAnimateAdapter
-    )  # its __init__ takes no sizes: 5120 wide, 8 face blocks
+    adapter = WanAnimateAdapter.__new__(WanAnimateAdapter)  # its __init__ takes no sizes: 5120 wide, 8 face blocks
     nn.Module.__init__(adapter)
     patch = (1, 2, 2)
     adapter.pose_patch_embedding = nn.Conv3d(size.latent_channels, size.dim, kernel_size=patch, stride=patch)
@@ -188,6 +186,4 @@ def animate_size_from_shapes(shapes: Shapes) -> AnimateSize:
             num_face_heads=shapes["face_encoder.conv1_local.conv.weight"][0] // face_width,
         )
     except KeyError as missing:
-        raise ValueError(
-            f"the checkpoint has no tensor {missing}: its Animate adapter is not complete"
-        ) from None
+        raise ValueError(f"the checkpoint has no tensor {missing}: its Animate adapter is not complete") from None

@@ -4,9 +4,7 @@ Sizes come from tensor shapes, so tiny checkpoints in the original layout load a
 Shapes: B batch, T video frames, F latent frames, H x W pixels, h x w latents, L tokens.
 """
 
-import math
 import pickle
-import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,10 +14,11 @@ import torch.nn.functional as F
 import xxhash
 from diffsynth.models.wan_video_image_encoder import VisionTransformer
 from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer, WanTextEncoder
-from diffsynth.models.wan_video_vae import VideoVAE38_, VideoVAE_
+from diffsynth.models.wan_video_vae import VideoVAE_
 from torch import Tensor, nn
 
-from wan_accel.models.dit import Shapes, animate_size_from_shapes, build_animate_adapter, count_blocks
+from wan_accel.models.dit import Shapes, animate_size_from_shapes, build_animate_adapter
+from wan_accel.models.encoder_sizes import build_clip, build_text_encoder, build_vae21, build_vae22
 from wan_accel.models.loading import (
     MOTION_ENCODER,
     CheckpointError,
@@ -35,8 +34,6 @@ from wan_accel.models.variants import (
     Variant,
 )
 
-# No tensor shows the heads of the image encoder: ViT-H/14 has 16 (80 wide), and so has every tiny one.
-CLIP_HEADS = 16
 # Statistics of CLIP's training pictures, RGB in [0, 1].
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -77,7 +74,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> list[Tensor]:
-        """Encode captions, at once: L <= 512 states of (L, text_dim) each, end token included, padding cut off."""
+        """Encode captions at once to (L <= 512, text_dim) each, end token included, padding cut off."""
         ids, mask = self.tokenizer(texts, return_mask=True, add_special_tokens=True)
         device = self.model.token_embedding.weight.device
         states = self.model(ids.to(device), mask.to(device))
@@ -85,7 +82,7 @@ class TextEncoder:
 
     def is_cut(self, text: str) -> bool:
         """Tell whether a caption has more than 512 tokens, of which `encode` drops the rest."""
-        return bool(self.tokenizer.tokenizer(text, return_length=True)["length"][0] > TEXT_LENGTH)
+        return len(self.tokenizer.tokenizer(self.tokenizer._clean(text))["input_ids"]) > TEXT_LENGTH
 
 
 class VideoVae:
@@ -135,9 +132,7 @@ class ImageEncoder:
         """Encode pictures (B, 3, H, W) in [-1, 1] to (B, 257, clip_dim) in the encoder's dtype."""
         weight = self.model.patch_embedding.weight
         size = (self.model.image_size, self.model.image_size)
-        pixels = F.interpolate(
-            image.to(weight.device, torch.float32), size=size, mode="bicubic", align_corners=False
-        )
+        pixels = F.interpolate(image.to(weight.device, torch.float32), size=size, mode="bicubic", align_corners=False)
         mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
         pixels = (pixels * 0.5 + 0.5 - mean) / std
         return self.model(pixels.to(weight.dtype), use_31_block=True)
@@ -153,10 +148,8 @@ def load_text_encoder(
     """
     folder = checkpoint / TOKENIZER_FOLDER
     if not (folder / "tokenizer.json").is_file():
-        raise CheckpointError(
-            f"{folder} has no tokenizer.json: download {TOKENIZER_FOLDER}/ of the checkpoint again"
-        )
-    model = _load(checkpoint / TEXT_ENCODER_FILE, _build_text_encoder, torch_dtype, device)
+        raise CheckpointError(f"{folder} has no tokenizer.json: download {TOKENIZER_FOLDER}/ of the checkpoint again")
+    model = _load(checkpoint / TEXT_ENCODER_FILE, build_text_encoder, torch_dtype, device)
     return TextEncoder(model, HuggingfaceTokenizer(str(folder), seq_len=TEXT_LENGTH, clean="whitespace"))
 
 
@@ -172,7 +165,7 @@ def load_vae(
     Raises:
         CheckpointError: the file is missing or damaged, or its tensors are not those of the VAE.
     """
-    build = {"wan2.1": _build_vae21, "wan2.2": _build_vae22}[variant.vae.name]
+    build = {"wan2.1": build_vae21, "wan2.2": build_vae22}[variant.vae.name]
     return VideoVae(_load(checkpoint / variant.vae.file, build, torch_dtype, device), variant)
 
 
@@ -184,7 +177,7 @@ def load_clip(
     Raises:
         CheckpointError: the file is missing or damaged, or its tensors are not those of a ViT.
     """
-    return ImageEncoder(_load(checkpoint / CLIP_FILE, _build_clip, torch_dtype, device, prefix="visual."))
+    return ImageEncoder(_load(checkpoint / CLIP_FILE, build_clip, torch_dtype, device, prefix="visual."))
 
 
 def load_motion_encoder(
@@ -194,7 +187,7 @@ def load_motion_encoder(
     torch_dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """Load Animate's motion encoder alone, from the DiT's files; see `wan_accel.models.denoiser.encode_motion`.
+    """Load Animate's motion encoder alone, from the DiT's files, for `encode_motion` of the denoiser.
 
     Raises:
         CheckpointError: the checkpoint has no complete motion encoder.
@@ -206,7 +199,8 @@ def load_motion_encoder(
             adapter = build_animate_adapter(animate_size_from_shapes(reader.shapes))
     except ValueError as error:
         raise CheckpointError(f"{reader.folder}: {error}") from None
-    holder.motion_encoder = adapter.motion_encoder.to(torch_dtype)
+    encoder = adapter.motion_encoder.to(torch_dtype)
+    holder.motion_encoder = encoder  # under the name that it has in the files
     wanted = {name: tuple(p.shape) for name, p in holder.named_parameters()}
     # Blur kernels are constants that the original does not store; `fill_parameters` computes them.
     wanted = {n: s for n, s in wanted.items() if n in reader.shapes or not n.endswith(".kernel")}
@@ -214,7 +208,7 @@ def load_motion_encoder(
     _compare(wanted, found, reader.folder)
     holder.to_empty(device=device)
     fill_parameters(holder, reader, seed=0)
-    return holder.motion_encoder.eval().requires_grad_(False)
+    return encoder.eval().requires_grad_(False)
 
 
 def file_identity(path: Path) -> str:
@@ -237,7 +231,7 @@ def _load(
     *,
     prefix: str = "",
 ) -> nn.Module:
-    """Build what the shapes of a .pth file describe and fill it with the tensors whose names begin with `prefix`."""
+    """Build what the shapes of a .pth file describe, and fill it. Names without `prefix` are left alone."""
     state = {name[len(prefix) :]: t for name, t in _read_pth(path).items() if name.startswith(prefix)}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     try:
@@ -247,7 +241,8 @@ def _load(
         raise CheckpointError(
             f"{path} has no tensor {prefix}{missing.args[0]}: it is not the file of that name in a Wan checkpoint"
         ) from None
-    _compare({name: tuple(t.shape) for name, t in model.state_dict().items()}, shapes, path)
+    wanted = {prefix + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    _compare(wanted, {prefix + name: shape for name, shape in shapes.items()}, path)
     model.load_state_dict(state, assign=True)
     return model.to(device=device, dtype=torch_dtype).eval().requires_grad_(False)
 
@@ -267,9 +262,7 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _compare(
-    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: Path
-) -> None:
+def _compare(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: Path) -> None:
     """List every missing, unknown and mis-shaped tensor in one error."""
     problems = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in found]
     problems += [f"unknown {name} {shape}" for name, shape in found.items() if name not in wanted]
@@ -282,75 +275,6 @@ def _compare(
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
         listed = "\n  ".join(problems[:20])
         raise CheckpointError(
-            f"{source} does not fit the model ({len(problems)} tensors): use the file of the released checkpoint"
-            f"\n  {listed}{more}"
+            f"{source} does not fit the model ({len(problems)} tensors): "
+            f"use the file of the released checkpoint\n  {listed}{more}"
         )
-
-
-def _build_text_encoder(shapes: Shapes) -> WanTextEncoder:
-    vocab, dim = shapes["token_embedding.weight"]
-    num_buckets, num_heads = shapes["blocks.0.pos_embedding.embedding.weight"]
-    return WanTextEncoder(
-        vocab=vocab,
-        dim=dim,
-        dim_attn=shapes["blocks.0.attn.q.weight"][0],
-        dim_ffn=shapes["blocks.0.ffn.fc1.weight"][0],
-        num_heads=num_heads,
-        num_layers=count_blocks(shapes, "blocks."),
-        num_buckets=num_buckets,
-    )
-
-
-def _build_vae21(shapes: Shapes) -> VideoVAE_:
-    """Stages of the Wan2.1 encoder lie flat: n residual blocks, then a downsampling but after the last stage."""
-    dim = shapes["encoder.conv1.weight"][0]
-    convs = _first_convs(shapes, r"encoder\.downsamples\.(\d+)\.residual\.2\.weight")
-    num_stages = max(convs) - len(convs) + 2  # the last stage has no downsampling
-    num_res_blocks = len(convs) // num_stages
-    widths = [convs[stage * (num_res_blocks + 1)] for stage in range(num_stages)]
-    return VideoVAE_(
-        dim=dim,
-        z_dim=shapes["conv2.weight"][0],
-        dim_mult=[width // dim for width in widths],
-        num_res_blocks=num_res_blocks,
-    )
-
-
-def _build_vae22(shapes: Shapes) -> VideoVAE38_:
-    dim = shapes["encoder.conv1.weight"][0]
-    stages = _first_convs(shapes, r"encoder\.downsamples\.(\d+)\.downsamples\.0\.residual\.2\.weight")
-    blocks = _first_convs(shapes, r"encoder\.downsamples\.0\.downsamples\.(\d+)\.residual\.2\.weight")
-    return VideoVAE38_(
-        dim=dim,
-        z_dim=shapes["conv2.weight"][0],
-        dec_dim=shapes["decoder.head.0.gamma"][0] * dim // stages[0],
-        dim_mult=[stages[stage] // dim for stage in sorted(stages)],
-        num_res_blocks=len(blocks),
-    )
-
-
-def _first_convs(shapes: Shapes, pattern: str) -> dict[int, int]:
-    """Number in the pattern -> output channels of the convolution of that name.
-
-    Raises:
-        KeyError: there is none.
-    """
-    found = {int(match[1]): shape[0] for name, shape in shapes.items() if (match := re.fullmatch(pattern, name))}
-    if not found:
-        raise KeyError(pattern)
-    return found
-
-
-def _build_clip(shapes: Shapes) -> VisionTransformer:
-    _, num_tokens, dim = shapes["pos_embedding"]
-    patch_size = shapes["patch_embedding.weight"][-1]
-    return VisionTransformer(
-        image_size=math.isqrt(num_tokens - 1) * patch_size,
-        patch_size=patch_size,
-        dim=dim,
-        mlp_ratio=shapes["transformer.0.mlp.0.weight"][0] // dim,
-        out_dim=shapes["head"][1],
-        num_heads=CLIP_HEADS,
-        num_layers=count_blocks(shapes, "transformer."),
-        activation="gelu",
-    )

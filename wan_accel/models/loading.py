@@ -46,9 +46,7 @@ class CheckpointReader:
             try:
                 handle = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{path} is damaged or cut short ({error}): download it again"
-                ) from None
+                raise CheckpointError(f"{path} is damaged or cut short ({error}): download it again") from None
             self._files[path.name] = handle
             for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no dict)
                 self.shapes[name] = tuple(handle.get_slice(name).get_shape())
@@ -108,9 +106,7 @@ def default_expert(variant: Variant) -> str:
     return variant.experts[0].name
 
 
-def build_denoiser(
-    variant: Variant, reader: CheckpointReader, *, with_motion_encoder: bool = False
-) -> WanDenoiser:
+def build_denoiser(variant: Variant, reader: CheckpointReader, *, with_motion_encoder: bool = False) -> WanDenoiser:
     """Build the denoiser that a checkpoint's shapes describe, on the current default device, unfilled.
 
     Raises:
@@ -127,9 +123,7 @@ def build_denoiser(
     try:
         dit = build_dit(dit_size_from_shapes(reader.shapes, num_heads=num_heads))
         adapter = (
-            build_animate_adapter(animate_size_from_shapes(reader.shapes))
-            if variant.has_animate_adapter
-            else None
+            build_animate_adapter(animate_size_from_shapes(reader.shapes)) if variant.has_animate_adapter else None
         )
     except ValueError as error:
         raise CheckpointError(f"{reader.folder}: {error}") from None
@@ -145,9 +139,7 @@ def _compare(model: WanDenoiser, reader: CheckpointReader) -> None:
     found = reader.shapes
     without_motion = not hasattr(model, "motion_encoder")
     problems = [
-        f"missing {name} {shape}"
-        for name, shape in wanted.items()
-        if name not in found and not _is_constant(name)
+        f"missing {name} {shape}" for name, shape in wanted.items() if name not in found and not _is_constant(name)
     ]
     problems += [
         f"unknown {name} {found[name]}"
@@ -162,9 +154,7 @@ def _compare(model: WanDenoiser, reader: CheckpointReader) -> None:
     if problems:
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
         listed = "\n  ".join(problems[:20])
-        raise CheckpointError(
-            f"{reader.folder} does not fit the model ({len(problems)} tensors):\n  {listed}{more}"
-        )
+        raise CheckpointError(f"{reader.folder} does not fit the model ({len(problems)} tensors):\n  {listed}{more}")
 
 
 def _is_constant(name: str) -> bool:
@@ -278,11 +268,7 @@ class MergedReader(CheckpointReader):
 
     def __init__(self, folder: Path, deltas: dict[str, tuple[Tensor, Tensor]], scale: float = 1.0) -> None:
         super().__init__(folder)
-        wrong = [
-            name
-            for name, (down, up) in deltas.items()
-            if self.shapes.get(name) != (up.shape[0], down.shape[1])
-        ]
+        wrong = [name for name, (down, up) in deltas.items() if self.shapes.get(name) != (up.shape[0], down.shape[1])]
         if wrong:
             raise CheckpointError(
                 f"{len(wrong)} of {len(deltas)} LoRA layers do not fit {folder}, e.g. {wrong[0]}: it is for another model"

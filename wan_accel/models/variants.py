@@ -112,9 +112,7 @@ _VAE22 = VaeSize(name="wan2.2", file="Wan2.2_VAE.pth", latent_channels=48, strid
 
 
 def _a14b(in_dim: int, clip_dim: int | None = None) -> DitSize:
-    return DitSize(
-        dim=5120, ffn_dim=13824, num_layers=40, num_heads=40, in_dim=in_dim, out_dim=16, clip_dim=clip_dim
-    )
+    return DitSize(dim=5120, ffn_dim=13824, num_layers=40, num_heads=40, in_dim=in_dim, out_dim=16, clip_dim=clip_dim)
 
 
 def _experts(boundary: float) -> tuple[Expert, ...]:

@@ -35,7 +35,5 @@ def detect_engine(accelerator: Accelerator) -> Engine:
         )
     if engine == "zero3" and accelerator.state.deepspeed_plugin.zero_stage != 3:
         stage = accelerator.state.deepspeed_plugin.zero_stage
-        raise ValueError(
-            f"zero_stage={stage} is not supported yet: use ZeRO-3 (recipes/accelerate/zero3.yaml)"
-        )
+        raise ValueError(f"zero_stage={stage} is not supported yet: use ZeRO-3 (recipes/accelerate/zero3.yaml)")
     return engine

@@ -20,9 +20,7 @@ _NOT_HONOURED = {
 }
 
 
-def fully_shard_denoiser(
-    model: WanDenoiser, plugin: FullyShardedDataParallelPlugin, mesh: DeviceMesh
-) -> WanDenoiser:
+def fully_shard_denoiser(model: WanDenoiser, plugin: FullyShardedDataParallelPlugin, mesh: DeviceMesh) -> WanDenoiser:
     """Shard every block, face block and the rest (the root) over `mesh`, in place.
 
     Works on the meta device (fill the parameters afterwards) and on materialised parameters that are equal on
@@ -63,9 +61,7 @@ def mixed_precision_policy(plugin: FullyShardedDataParallelPlugin) -> MixedPreci
     policy = plugin.mixed_precision_policy
     if policy is None:
         return MixedPrecisionPolicy(cast_forward_inputs=False)
-    return MixedPrecisionPolicy(
-        param_dtype=policy.param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    return MixedPrecisionPolicy(param_dtype=policy.param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 def _refuse_unhonoured(plugin: FullyShardedDataParallelPlugin) -> None:

@@ -40,9 +40,7 @@ class ParallelDims:
         """
         if num_heads % self.ulysses:
             degrees = ", ".join(map(str, usable_degrees(num_heads)))
-            raise ValueError(
-                f"parallel.ulysses={self.ulysses} does not divide num_heads={num_heads}: use {degrees}"
-            )
+            raise ValueError(f"parallel.ulysses={self.ulysses} does not divide num_heads={num_heads}: use {degrees}")
         if self.world_size % self.ulysses:
             fitting = [d for d in usable_degrees(num_heads) if self.world_size % d == 0]
             raise ValueError(
@@ -50,9 +48,7 @@ class ParallelDims:
                 f"use {', '.join(map(str, fitting))}, or start a multiple of {self.ulysses} processes"
             )
         if self.dp_shard * self.dp_replicate != self.world_size:
-            raise ValueError(
-                f"dp_replicate={self.dp_replicate} does not divide the {self.world_size} processes"
-            )
+            raise ValueError(f"dp_replicate={self.dp_replicate} does not divide the {self.world_size} processes")
         if self.dp_shard % self.ulysses:
             raise ValueError(
                 f"parallel.ulysses={self.ulysses} does not divide the {self.dp_shard} ranks of a shard group "

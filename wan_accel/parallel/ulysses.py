@@ -44,9 +44,7 @@ class TokenSpan:
     def to_frames(self, x: Tensor) -> Tensor:
         """(B, length, H, D) -> (B, num_frames, tokens_per_frame, H, D), zeros around the span."""
         back = self.num_frames * self.tokens_per_frame - self._front - self.length
-        return F.pad(x, (0, 0, 0, 0, self._front, back)).unflatten(
-            1, (self.num_frames, self.tokens_per_frame)
-        )
+        return F.pad(x, (0, 0, 0, 0, self._front, back)).unflatten(1, (self.num_frames, self.tokens_per_frame))
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """The inverse of `to_frames`."""

@@ -12,17 +12,66 @@ from wan_accel.recipe.schema import Recipe
 
 # Set in `training:` and handed on as they are.
 PASSED = frozenset(
-    """
-    output_dir learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm num_train_epochs max_steps
-    lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules log_level
-    log_level_replica log_on_each_node logging_strategy logging_first_step logging_steps
-    logging_nan_inf_filter save_strategy save_steps save_total_limit seed run_name disable_tqdm report_to project
-    trackio_space_id trackio_bucket_id trackio_static_space_id push_to_hub resume_from_checkpoint hub_model_id
-    hub_strategy hub_token hub_private_repo hub_always_push hub_revision dataloader_num_workers
-    dataloader_pin_memory dataloader_multiprocessing_context dataloader_persistent_workers dataloader_prefetch_factor ddp_timeout ddp_bucket_cap_mb
-    ddp_static_graph skip_memory_metrics include_for_metrics full_determinism use_cpu debug tf32
-    torch_empty_cache_steps greater_is_better metric_for_best_model
-    """.split()
+    [
+        "output_dir",
+        "learning_rate",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "max_grad_norm",
+        "num_train_epochs",
+        "max_steps",
+        "lr_scheduler_type",
+        "lr_scheduler_kwargs",
+        "warmup_steps",
+        "optim",
+        "optim_args",
+        "optim_target_modules",
+        "log_level",
+        "log_level_replica",
+        "log_on_each_node",
+        "logging_strategy",
+        "logging_first_step",
+        "logging_steps",
+        "logging_nan_inf_filter",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "seed",
+        "run_name",
+        "disable_tqdm",
+        "report_to",
+        "project",
+        "trackio_space_id",
+        "trackio_bucket_id",
+        "trackio_static_space_id",
+        "push_to_hub",
+        "resume_from_checkpoint",
+        "hub_model_id",
+        "hub_strategy",
+        "hub_token",
+        "hub_private_repo",
+        "hub_always_push",
+        "hub_revision",
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataloader_multiprocessing_context",
+        "dataloader_persistent_workers",
+        "dataloader_prefetch_factor",
+        "ddp_timeout",
+        "ddp_bucket_cap_mb",
+        "ddp_static_graph",
+        "skip_memory_metrics",
+        "include_for_metrics",
+        "full_determinism",
+        "use_cpu",
+        "debug",
+        "tf32",
+        "torch_empty_cache_steps",
+        "greater_is_better",
+        "metric_for_best_model",
+    ]
 )
 # Owned by another key of the recipe.
 OURS = {
@@ -75,10 +124,20 @@ OURS = {
 }
 # Owned by the accelerate config.
 ACCELERATES = frozenset(
-    """
-    fsdp fsdp_config deepspeed parallelism_config accelerator_config ddp_backend ddp_find_unused_parameters
-    ddp_broadcast_buffers local_rank fp16 bf16 place_model_on_device
-    """.split()
+    [
+        "fsdp",
+        "fsdp_config",
+        "deepspeed",
+        "parallelism_config",
+        "accelerator_config",
+        "ddp_backend",
+        "ddp_find_unused_parameters",
+        "ddp_broadcast_buffers",
+        "local_rank",
+        "fp16",
+        "bf16",
+        "place_model_on_device",
+    ]
 )
 # Where the library's default would hurt.
 DEFAULTS: dict[str, Any] = {
@@ -127,5 +186,9 @@ def training_arguments(recipe: Recipe) -> dict[str, Any]:
         "eval_sigmas": recipe.validation.sigmas,
     }
     if recipe.validation.every_steps:
-        arguments |= {"eval_strategy": "steps", "eval_steps": recipe.validation.every_steps, "eval_on_start": True}
+        arguments |= {
+            "eval_strategy": "steps",
+            "eval_steps": recipe.validation.every_steps,
+            "eval_on_start": True,
+        }
     return arguments

@@ -54,7 +54,9 @@ def _check_variant(recipe: Recipe, variant: Variant) -> list[str]:
     if len(names) == 1 and recipe.model.expert is not None:
         problems.append(f"model.expert={recipe.model.expert}: {variant.name} has one expert only; remove the key")
     if recipe.data.face_dropout and not variant.has_animate_adapter:
-        problems.append(f"data.face_dropout={recipe.data.face_dropout}: {variant.name} has no face input; remove the key")
+        problems.append(
+            f"data.face_dropout={recipe.data.face_dropout}: {variant.name} has no face input; remove the key"
+        )
     return problems
 
 

@@ -71,7 +71,6 @@ class Cache:
 
     __pydantic_config__ = _STRICT
     known_variants: Annotated[int, Field(ge=0)] = 4
-    negative_prompt: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

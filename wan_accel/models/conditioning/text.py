@@ -35,9 +35,7 @@ def caption_id(caption: str) -> str:
     return xxhash.xxh64(caption.encode()).hexdigest()
 
 
-def encode_captions(
-    encoder: TextEncoder, captions: Iterable[str], *, batch_size: int = 8
-) -> Iterator[EncodedCaption]:
+def encode_captions(encoder: TextEncoder, captions: Iterable[str], *, batch_size: int = 8) -> Iterator[EncodedCaption]:
     """Encode each distinct caption once, in the order of first appearance."""
     distinct = list(dict.fromkeys(captions))
     for start in range(0, len(distinct), batch_size):

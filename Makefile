@@ -1,0 +1,35 @@
+# `make demo` runs the whole job on real input; `make test` runs every test. Both set everything up themselves.
+
+VENV ?= $(CURDIR)/.venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+# The environment is made again when the tested versions or the dependencies change.
+KEY := $(shell cat constraints.txt setup.cfg pyproject.toml | sha256sum | cut -c1-16)
+READY := $(VENV)/ready-$(KEY)
+
+.PHONY: demo test lint install clean
+
+demo: install
+	PATH="$(BIN):$$PATH" bash demo/run.sh
+
+test: install lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# An environment that another checkout made (CI keeps one) is pointed at this one, in a second.
+install: $(READY)
+	@test "$$(cat $(VENV)/checkout 2>/dev/null)" = "$(CURDIR)" || \
+	  { $(BIN)/pip install -q --no-deps --no-build-isolation -e . && echo "$(CURDIR)" > $(VENV)/checkout; }
+
+$(READY): constraints.txt setup.cfg pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/pip install -q -c constraints.txt setuptools wheel
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	echo "$(CURDIR)" > $(VENV)/checkout
+	touch $@
+
+clean:
+	rm -rf $(VENV) output build *.egg-info
