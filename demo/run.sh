@@ -23,7 +23,7 @@ else
   export OMP_NUM_THREADS=1
 fi
 models="--detector demo/models/person_detector.onnx --pose demo/models/wholebody133.onnx --segmenter demo/models/person_segmenter.onnx"
-small="--num-frames 21 --resolution-area 256*448"
+small="--num-frames 13 --resolution-area 160*288 --max-clips 2"
 
 step "tiny checkpoint" wan-accel init-tiny animate-14b $out/model
 step "training clips" wan-preprocess animate demo/videos/walker.mp4 demo/videos/jumping.mp4 --output $out/clips \

@@ -50,21 +50,28 @@ def contact_sheet(clip: Clip, row: Mapping[str, Any]) -> Image.Image:
     """Lay a clip out: frame, reference, pose, face, mask and background over time."""
     steps = np.linspace(0, len(clip.frames_rgb) - 1, NUM_COLUMNS).round().astype(int)
     rows = sheet_rows(clip, steps)
-    widths = [max(_scaled_width(sheet.pictures[i]) for sheet in rows) for i in range(len(steps))]
-    width = _LABEL_WIDTH + sum(widths) + _GAP * (len(widths) + 1)
-    height = _HEADER_HEIGHT + len(rows) * (_TILE_HEIGHT + _GAP)
-    sheet = Image.new("RGB", (width, height), _PAPER)
+    # A column is as wide as a frame; square faces shrink to it instead of tearing the frames apart.
+    column = max(round(p.shape[1] * _TILE_HEIGHT / p.shape[0]) for r in rows if r.label != "face" for p in r.pictures)
+    tiles = [[_fit(picture, column) for picture in sheet_row.pictures] for sheet_row in rows]
+    heights = [max(tile.height for tile in line) for line in tiles]
+    size = _LABEL_WIDTH + len(steps) * (column + _GAP), _HEADER_HEIGHT + sum(heights) + len(rows) * _GAP
+    sheet = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(sheet)
-    _draw_header(draw, clip, row, steps, widths)
-    for number, sheet_row in enumerate(rows):
-        top = _HEADER_HEIGHT + number * (_TILE_HEIGHT + _GAP)
-        draw.text((10, top + _TILE_HEIGHT // 2 - 8), sheet_row.label, fill=_INK, font=_font(15))
-        left = _LABEL_WIDTH
-        for picture, column in zip(sheet_row.pictures, widths):
-            tile = Image.fromarray(picture).resize((_scaled_width(picture), _TILE_HEIGHT), Image.Resampling.LANCZOS)
-            sheet.paste(tile, (left + (column - tile.width) // 2, top))
-            left += column + _GAP
+    _draw_header(draw, clip, row, steps, column)
+    top = _HEADER_HEIGHT
+    for sheet_row, line, height in zip(rows, tiles, heights):
+        draw.text((10, top + height // 2 - 8), sheet_row.label, fill=_INK, font=_font(15))
+        for number, tile in enumerate(line):
+            sheet.paste(tile, (_LABEL_WIDTH + number * (column + _GAP) + (column - tile.width) // 2, top))
+        top += height + _GAP
     return sheet
+
+
+def _fit(picture: Frames, width: int) -> Image.Image:
+    """Scale to the tile's height, or to `width` where that would be wider."""
+    scale = min(_TILE_HEIGHT / picture.shape[0], width / picture.shape[1])
+    size = max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale))
+    return Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS)
 
 
 def sheet_rows(clip: Clip, steps: np.ndarray) -> list[SheetRow]:
@@ -85,22 +92,19 @@ def sheet_rows(clip: Clip, steps: np.ndarray) -> list[SheetRow]:
     return rows
 
 
-def _scaled_width(picture: Frames) -> int:
-    return max(1, round(picture.shape[1] * _TILE_HEIGHT / picture.shape[0]))
-
-
 def _draw_header(
-    draw: ImageDraw.ImageDraw, clip: Clip, row: Mapping[str, Any], steps: np.ndarray, widths: list[int]
+    draw: ImageDraw.ImageDraw, clip: Clip, row: Mapping[str, Any], steps: np.ndarray, column: int
 ) -> None:
-    draw.text((10, 6), clip.clip_id, fill=_INK, font=_font(17))
-    quality = ", ".join(f"{name} {value:.2f}" for name, value in row["quality"].items() if value is not None)
-    facts = f"{row.get('purpose', '')} · {row['num_frames']} frames, {row['fps']:g} fps · {quality}"
+    caption = f"   “{row['caption']}”" if row["caption"] else ""
+    draw.text((10, 6), f"{clip.clip_id}  ({row.get('purpose') or 'no person'}){caption}", fill=_INK, font=_font(16))
+    wanted = ("mean_keypoint_score", "visible_share", "hand_score", "face_size", "mask_area_mean", "motion", "blur")
+    quality = [f"{name.replace('_', ' ')} {row['quality'][name]:.2f}" for name in wanted if row["quality"][name] is not None]
+    facts = f"{row['num_frames']} frames of {row['width']}x{row['height']}, {row['fps']:g} fps · {', '.join(quality)}"
     draw.text((10, 27), facts, fill=_PALE, font=_font(11))
-    left = _LABEL_WIDTH
-    for step, column in zip(steps, widths):
+    for number, step in enumerate(steps):
         seconds = row["timestamps"][step] - row["timestamps"][0]
+        left = _LABEL_WIDTH + number * (column + _GAP)
         draw.text((left + 2, _HEADER_HEIGHT - 16), f"{seconds:.2f} s", fill=_PALE, font=_font(12))
-        left += column + _GAP
 
 
 def _font(size: int) -> Any:

@@ -10,58 +10,34 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import xxhash
 from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
 from wan_accel.data import store
-from wan_accel.data.clips import Clip, load_clip
-from wan_accel.data.latents import bucket_key, tensor_to_cell
-from wan_accel.data.schema import (
-    CLIPS_SCHEMA,
-    LATENTS_SCHEMA,
-    check_schema,
-    latents_features,
-    null_features,
-    text_features,
-)
-from wan_accel.data.skeleton import draw_poses
-from wan_accel.models.conditioning.animate import (
-    KnownVariant,
-    draw_known_variant,
-    grow_mask,
-    known_mask,
-    known_pixels,
-    to_pixels,
-)
+from wan_accel.data.clips import load_clip
+from wan_accel.data.latents import bucket_key, cell_to_tensor, tensor_to_cell
+from wan_accel.data.schema import CLIPS_SCHEMA, LATENTS_SCHEMA, latents_features, null_features, text_features
+from wan_accel.models.checkpoint_files import check_encoder_files, condition_keys
+from wan_accel.models.conditioning.clips import STORED, ClipEncoder
 from wan_accel.models.conditioning.text import NULL_PROMPTS, caption_id, encode_captions
-from wan_accel.models.denoiser import encode_motion
-from wan_accel.models.encoders import (
-    file_identity,
-    load_motion_encoder,
-    load_text_encoder,
-    load_vae,
-)
-from wan_accel.models.encoders import (
-    load_clip as load_image_encoder,
-)
-from wan_accel.models.loading import MOTION_ENCODER, CheckpointReader, dit_folder
-from wan_accel.models.variants import CLIP_FILE, FACE_SIZE, TEXT_ENCODER_FILE, Variant, get_variant
+from wan_accel.models.encoders import load_text_encoder
+from wan_accel.models.variants import TEXT_LENGTH, get_variant
+from wan_accel.recipe.check import check
 from wan_accel.recipe.load import load_recipe
 from wan_accel.recipe.schema import Recipe
 
 logger = logging.getLogger("wan_accel")
-STORED = torch.bfloat16
 GIB = 2**30
 # VAE 2.1, one H100: 81 frames of 480 x 832 in 1.34 s. Only for the estimate of --dry-run.
 _SECONDS_PER_PIXEL = 1.34 / (81 * 480 * 832)
+_FEATURES = {"clips": latents_features, "text": text_features, "null": null_features}
+Shape = tuple[int, int, int]  # frames, height, width
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,7 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         cache = Cache(load_recipe(arguments.recipe, arguments.overrides))
-        cache.check_disk(report=arguments.dry_run)
+        if arguments.dry_run and cache.state.is_main_process:
+            print(cache.describe())
+        cache.check_disk()
         if not arguments.dry_run:
             cache.run()
     except (ValueError, OSError) as error:
@@ -83,70 +61,35 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def condition_keys(variant: Variant, checkpoint: Path, settings: dict[str, Any]) -> dict[str, str]:
-    """What each kind of condition depends on, hashed: schema, the encoder's weights, settings.
-
-    A field whose encoder file is not in `checkpoint` (an exported DiT alone) is left out.
-    """
-    encoders: dict[str, Path] = {
-        "text": checkpoint / TEXT_ENCODER_FILE,
-        "video": checkpoint / variant.vae.file,
-    }
-    if variant.has_animate_adapter:
-        vae = checkpoint / variant.vae.file
-        encoders |= {"pose": vae, "known": vae, "reference": checkpoint / CLIP_FILE}
-    keys = {}
-    for name, path in encoders.items():
-        if path.is_file():
-            relevant = settings if name == "known" else {}
-            keys[name] = _hash([LATENTS_SCHEMA, variant.name, name, file_identity(path), relevant])
-    if variant.has_animate_adapter:
-        keys["face"] = _hash([LATENTS_SCHEMA, variant.name, "face", _motion_identity(checkpoint, variant)])
-    return keys
-
-
-def _hash(content: Any) -> str:
-    return xxhash.xxh64(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _motion_identity(checkpoint: Path, variant: Variant) -> str:
-    """Hash of the motion encoder's weights, which live among the DiT's."""
-    reader = CheckpointReader(dit_folder(checkpoint, variant, variant.experts[0].name))
-    digest = xxhash.xxh64()
-    for name in sorted(reader.shapes):
-        if name.startswith(MOTION_ENCODER):
-            digest.update(reader.read(name).float().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def known_settings(recipe: Recipe) -> dict[str, Any]:
-    """Settings that the known variants depend on."""
-    return {"known_variants": recipe.cache.known_variants, "seed": int(recipe.training.get("seed", 42))}
-
-
 class Cache:
-    """One run of the cache over a clips dataset.
+    """One run of the cache over a clips dataset. Making one reads and checks, and writes nothing.
 
     Raises:
-        ValueError: clips of another schema or for driving only, a checkpoint without a file, an output of another run.
+        ValueError: a recipe with problems, clips of another schema or for driving only, a checkpoint without a file.
     """
 
     def __init__(self, recipe: Recipe) -> None:
+        problems = check(recipe)
         if recipe.data.clips is None:
-            raise ValueError("data.clips is missing: the clips dataset to encode")
-        self.state = PartialState()
+            problems.append("data.clips is missing: the clips dataset to encode")
+        if problems:
+            raise ValueError("\n".join(problems))
+        assert recipe.data.clips is not None
+        # Without a GPU accelerate only starts processes' group if told so. Ranks finish far apart: wait a day.
+        self.state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
         self.variant = get_variant(recipe.variant)
         self.checkpoint = Path(recipe.model.checkpoint)
         self.root = Path(recipe.data.latents)
-        self.settings = known_settings(recipe)
+        self.known_variants = recipe.cache.known_variants
         self.clips = store.load(Path(recipe.data.clips), CLIPS_SCHEMA)
         self._refuse_driving_clips(recipe.data.clips)
-        # Encoders are opened first: a missing file must not leave an empty output behind.
-        self.keys = condition_keys(self.variant, self.checkpoint, self.settings)
-        self.claimed = {
+        check_encoder_files(self.checkpoint, self.variant)
+        self.keys = condition_keys(self.variant, self.checkpoint, known_variants=self.known_variants)
+        self.settings = {
             "variant": self.variant.name,
-            "keys": self.keys,
+            "known_variants": self.known_variants,
             "clips": _clips_settings(Path(recipe.data.clips)),
+            **{f"key of {kind}": key for kind, key in self.keys.items()},
         }
 
     def _refuse_driving_clips(self, path: str) -> None:
@@ -160,266 +103,200 @@ class Cache:
                 "video does not show what the pose says. Make training clips with --purpose train"
             )
 
-    def check_disk(self, *, report: bool) -> None:
-        """Compare the bytes that the run will write with the free space; print them if asked.
+    def describe(self) -> str:
+        """Bytes that are still to be written, by column, and what encoding them costs."""
+        sizes = self._estimate()
+        lines = [f"{size / GIB:10.3f} GiB  {name}" for name, size in sizes.items()]
+        lines.append(f"{sum(sizes.values()) / GIB:10.3f} GiB  in all ({self._free_bytes() / GIB:.1f} GiB free)")
+        lines.append(f"{self._gpu_hours():10.3f} GPU hours of one H100 (videos only)")
+        return "\n".join(lines)
+
+    def check_disk(self) -> None:
+        """Compare the bytes that are still to be written with the free space.
 
         Raises:
             ValueError: the disk is too small.
         """
-        sizes = self._estimate()
-        parent = next(p for p in (self.root, *self.root.resolve().parents) if p.exists())
-        free, total = shutil.disk_usage(parent).free, sum(sizes.values())
-        if report and self.state.is_main_process:
-            for name, size in sizes.items():
-                print(f"{size / GIB:10.3f} GiB  {name}")
-            print(
-                f"{total / GIB:10.3f} GiB  in all ({free / GIB:.1f} GiB free); {self._gpu_hours():.2f} GPU hours (one H100, VAE only)"
-            )
+        total, free = sum(self._estimate().values()), self._free_bytes()
         if total > free:
             raise ValueError(
-                f"{self.root} needs {total / GIB:.2f} GiB but {free / GIB:.2f} GiB are free: free some, or use another disk"
+                f"data.latents={self.root} needs {total / GIB:.2f} GiB but {free / GIB:.2f} GiB are free: free "
+                "some, or use another disk"
             )
 
+    def _free_bytes(self) -> int:
+        return shutil.disk_usage(next(p for p in (self.root, *self.root.resolve().parents) if p.exists())).free
+
+    def _todo(self) -> list[int]:
+        """Rows of the clips dataset that no finished part holds."""
+        done = store.ids(self.root / "clips", "clip_id")
+        return [row for row, name in enumerate(self.clips.select_columns(["clip_id"])["clip_id"]) if name not in done]
+
+    def _shapes(self, rows: list[int]) -> list[Shape]:
+        columns = self.clips.select_columns(["num_frames", "height", "width"]).select(rows)[:]
+        return list(zip(columns["num_frames"], columns["height"], columns["width"]))
+
+    def _captions_todo(self) -> list[str]:
+        """Every distinct caption, and the prompts that stand for none, that no finished part holds."""
+        captions = {caption or "" for caption in self.clips.select_columns(["caption"])["caption"]}
+        done = store.ids(self.root / "text", "caption_id")
+        return sorted(caption for caption in captions | {*NULL_PROMPTS.values()} if caption_id(caption) not in done)
+
     def _estimate(self) -> dict[str, int]:
-        """Bytes by column over all clips."""
-        columns = self.clips.select_columns(["num_frames", "height", "width"])[:]
+        """Bytes by column over what is to do; of texts only about, at a token for 3 bytes."""
         channels, (stride_t, stride_h, stride_w) = self.variant.vae.latent_channels, self.variant.vae.stride
-        sizes = dict.fromkeys(("latents",), 0)
-        for frames, height, width in zip(columns["num_frames"], columns["height"], columns["width"]):
-            area = (height // stride_h) * (width // stride_w)
-            latent = ((frames - 1) // stride_t + 1) * area * channels * STORED.itemsize
-            sizes["latents"] += latent
-            if self.variant.has_animate_adapter:
-                sizes["pose_latents"] = sizes.get("pose_latents", 0) + latent
-                sizes["known"] = sizes.get("known", 0) + latent * self.settings["known_variants"]
-                sizes["reference"] = sizes.get("reference", 0) + area * channels * 2 + 257 * 1280 * 2
-                sizes["motion_vectors"] = sizes.get("motion_vectors", 0) + frames * 512 * 4
-        return sizes
+        tokens = sum(min(len(caption.encode()) // 3 + 1, TEXT_LENGTH) for caption in self._captions_todo())
+        sizes = {"text (about)": tokens * self.variant.dit.text_dim * STORED.itemsize, "latents": 0}
+        animate = dict.fromkeys(("pose_latents", "known (at most)", "reference", "motion_vectors"), 0)
+        for frames, height, width in self._shapes(self._todo()):
+            picture = (height // stride_h) * (width // stride_w) * channels * STORED.itemsize
+            video = ((frames - 1) // stride_t + 1) * picture
+            sizes["latents"] += video
+            animate["pose_latents"] += video
+            animate["known (at most)"] += video * self.known_variants
+            animate["reference"] += picture + 257 * 1280 * STORED.itemsize
+            animate["motion_vectors"] += frames * 512 * 4
+        return sizes | animate if self.variant.has_animate_adapter else sizes
 
     def _gpu_hours(self) -> float:
-        columns = self.clips.select_columns(["num_frames", "height", "width"])[:]
-        pixels = sum(f * h * w for f, h, w in zip(columns["num_frames"], columns["height"], columns["width"]))
-        passes = 2 + self.settings["known_variants"] if self.variant.has_animate_adapter else 1
-        return pixels * passes * _SECONDS_PER_PIXEL / 3600
+        pixels = sum(frames * height * width for frames, height, width in self._shapes(self._todo()))
+        videos_per_clip = 2 + self.known_variants if self.variant.has_animate_adapter else 1
+        return pixels * videos_per_clip * _SECONDS_PER_PIXEL / 3600
 
     def run(self) -> None:
-        """Encode what is not there yet. Every rank calls it."""
+        """Encode what is not there yet. Every rank calls it.
+
+        Raises:
+            ValueError: the output folder is another run's, the disk is full, or no clip could be encoded.
+        """
         if self.state.is_main_process:
-            for part in ("clips", "text", "null"):
-                store.claim_output(self.root / part, schema=LATENTS_SCHEMA, settings=self.claimed)
-            shutil.rmtree(self.root / "claims", ignore_errors=True)  # of a run that was killed
-            (self.root / "claims").mkdir()
+            for part in _FEATURES:
+                store.claim_output(self.root / part, schema=LATENTS_SCHEMA, settings=self.settings)
+            shutil.rmtree(self._claims, ignore_errors=True)  # of a run that was killed
+            self._claims.mkdir()
+            self._rejected.unlink(missing_ok=True)  # they are tried again
         self.state.wait_for_everyone()
         self._encode_texts()
         self._encode_clips()
         self.state.wait_for_everyone()
         if self.state.is_main_process:
-            shutil.rmtree(self.root / "claims", ignore_errors=True)
+            shutil.rmtree(self._claims)
+            for part, features in _FEATURES.items():
+                store.refresh_state(self.root / part, features())
             self._encode_nulls()
-            for part, features in self._features.items():
-                store.refresh_state(self.root / part, features)
             self._summarise()
 
     @property
-    def _features(self) -> dict[str, Any]:
-        return {"clips": latents_features(), "text": text_features(), "null": null_features()}
+    def _claims(self) -> Path:
+        """Inside a folder that is surely ours, since it is removed."""
+        return self.root / "clips" / "claims"
+
+    @property
+    def _rejected(self) -> Path:
+        return self.root / "rejected.jsonl"
 
     def _writer(self, part: str) -> store.PartWriter:
-        return store.PartWriter(
-            self.root / part, writer=f"rank{self.state.process_index}", features=self._features[part]
-        )
+        name = f"rank{self.state.process_index}"
+        return store.PartWriter(self.root / part, writer=name, features=_FEATURES[part]())
 
     def _encode_texts(self) -> None:
-        captions = sorted(
-            {row or "" for row in self.clips.select_columns(["caption"])["caption"]} | {*NULL_PROMPTS.values()}
-        )
-        done = store.ids(self.root / "text", "caption_id")
-        todo = [caption for caption in captions if caption_id(caption) not in done]
-        mine = todo[self.state.process_index :: self.state.num_processes]
+        mine = self._captions_todo()[self.state.process_index :: self.state.num_processes]
         if not mine:
             return
         encoder = load_text_encoder(self.checkpoint, torch_dtype=STORED, device=self.state.device)
+        encoded = tqdm(encode_captions(encoder, mine), "captions", len(mine), disable=not self.state.is_main_process)
         with self._writer("text") as writer:
-            for item in tqdm(
-                encode_captions(encoder, mine), "captions", len(mine), disable=not self.state.is_main_process
-            ):
+            for item in encoded:
                 writer.write(
                     {
                         "schema": LATENTS_SCHEMA, "caption_id": item.caption_id, "caption": item.caption,
-                        "key": self.keys.get("text"), "embeddings": tensor_to_cell(item.embeddings.to(STORED)),
+                        "key": self.keys["text"], "embeddings": tensor_to_cell(item.embeddings.to(STORED)),
                     }
                 )  # fmt: skip
 
     def _encode_clips(self) -> None:
-        done = store.ids(self.root / "clips", "clip_id")
-        names = self.clips.select_columns(["clip_id"])["clip_id"]
-        todo = [row for row, name in enumerate(names) if name not in done]
+        todo = self._todo()
         if not todo:
             return
-        encoder = ClipEncoder(self.variant, self.checkpoint, self.settings, self.state.device)
+        encoder = self._clip_encoder()
         bar = tqdm(total=len(todo), desc="clips", disable=not self.state.is_main_process)
         with self._writer("clips") as writer:
             for row in self._claim(todo):
-                try:
-                    writer.write({**self._describe(row), **encoder.encode(load_clip(self.clips[row]), self.clips[row])})
-                except ValueError as error:
-                    self._reject(names[row], str(error))
-                bar.n = len(list((self.root / "claims").iterdir()))
+                bar.n = len(list(self._claims.iterdir()))  # of all ranks
                 bar.refresh()
+                content = self.clips[row]
+                try:
+                    tensors = encoder.encode(load_clip(content), modes=content.get("modes") or [])
+                except ValueError as error:
+                    self._reject(content["clip_id"], str(error))
+                    continue
+                writer.write({**self._describe(content), **tensors})
         bar.close()
+
+    def _clip_encoder(self) -> ClipEncoder:
+        return ClipEncoder(self.variant, self.checkpoint, known_variants=self.known_variants, device=self.state.device)
 
     def _claim(self, rows: list[int]) -> Iterator[int]:
         """Yield the rows that this rank gets; a claim file made by `O_EXCL` belongs to one rank."""
         for row in rows:
             try:
-                os.close(os.open(self.root / "claims" / str(row), os.O_CREAT | os.O_EXCL))
+                os.close(os.open(self._claims / str(row), os.O_CREAT | os.O_EXCL))
             except FileExistsError:
                 continue
             yield row
 
-    def _describe(self, row: int) -> dict[str, Any]:
-        clip = self.clips[row]
-        names = ("clip_id", "num_frames", "height", "width", "fps")
+    def _describe(self, clip: dict[str, Any]) -> dict[str, Any]:
         caption = clip["caption"] or ""
         return {
             "schema": LATENTS_SCHEMA, "source_sha256": clip["source"]["sha256"], "caption": caption,
             "caption_id": caption_id(caption), "modes": clip.get("modes") or [], "keys": self.keys,
-            **{name: clip[name] for name in names},
+            **{name: clip[name] for name in ("clip_id", "num_frames", "height", "width", "fps")},
         }  # fmt: skip
 
     def _reject(self, clip_id: str, reason: str) -> None:
         logger.warning("clip %s is left out: %s", clip_id, reason)
-        with (self.root / "rejected.jsonl").open("a") as file:
+        with self._rejected.open("a") as file:
             file.write(json.dumps({"clip_id": clip_id, "reason": reason}) + "\n")
 
     def _encode_nulls(self) -> None:
         """Empty and negative prompt, all -1 face, and the constant known latents of each shape."""
-        with_keys = store.parts(self.root / "null")
-        done = set()
-        for part in with_keys:
-            done |= {(row["kind"], row["shape"]) for row in _rows(part)}
-        rows = {key: tensor for key, tensor in self._nulls(done) if key not in done}
-        if not rows:
-            return
+        done: set[tuple[str, str]] = set()
+        if store.parts(self.root / "null"):
+            rows = store.load(self.root / "null", LATENTS_SCHEMA, columns=["kind", "shape"])
+            done = {(row["kind"], row["shape"]) for row in rows}
         with self._writer("null") as writer:
-            for (kind, shape), tensor in rows.items():
+            for (kind, shape), tensor in self._nulls(done):
                 writer.write({"schema": LATENTS_SCHEMA, "kind": kind, "shape": shape, "tensor": tensor_to_cell(tensor)})
 
     def _nulls(self, done: set[tuple[str, str]]) -> Iterator[tuple[tuple[str, str], Tensor]]:
-        if any((kind, "") not in done for kind in NULL_PROMPTS):
-            encoder = load_text_encoder(self.checkpoint, torch_dtype=STORED, device=self.state.device)
-            for kind, prompt in NULL_PROMPTS.items():
-                yield (kind, ""), encoder.encode([prompt])[0].to(STORED)
+        if prompts := {kind: prompt for kind, prompt in NULL_PROMPTS.items() if (kind, "") not in done}:
+            texts = store.load(self.root / "text", LATENTS_SCHEMA)
+            rows = {name: row for row, name in enumerate(texts.select_columns(["caption_id"])["caption_id"])}
+            for kind, prompt in prompts.items():
+                yield (kind, ""), cell_to_tensor(texts[rows[caption_id(prompt)]]["embeddings"])
         if not self.variant.has_animate_adapter:
             return
-        columns = self.clips.select_columns(["num_frames", "height", "width"])[:]
-        shapes = sorted(set(zip(columns["num_frames"], columns["height"], columns["width"])))
+        shapes = sorted(set(self._shapes(list(range(len(self.clips))))))
         wanted = [shape for shape in shapes if ("animation_known", bucket_key(*shape)) not in done]
         if wanted or ("face", "") not in done:
-            encoder = ClipEncoder(self.variant, self.checkpoint, self.settings, self.state.device)
-            yield ("face", ""), encoder.motion(torch.full((1, 3, 1, FACE_SIZE, FACE_SIZE), -1.0))
+            encoder = self._clip_encoder()
+            if ("face", "") not in done:
+                yield ("face", ""), encoder.no_face()
             for shape in wanted:
-                yield ("animation_known", bucket_key(*shape)), encoder.video(torch.zeros(3, *shape))
+                yield ("animation_known", bucket_key(*shape)), encoder.nothing_known(*shape)
 
     def _summarise(self) -> None:
         done = len(store.ids(self.root / "clips", "clip_id"))
-        logger.info("%s: %d of %d clips encoded", self.root, done, len(self.clips))
         if done == 0:
-            raise ValueError(f"no clip could be encoded; the reasons are in {self.root / 'rejected.jsonl'}")
-
-
-def _rows(part: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-
-    with pa.memory_map(str(part)) as source:
-        for batch in pa.ipc.open_stream(source):
-            yield from batch.select(["kind", "shape"]).to_pylist()
+            raise ValueError(f"{self.root}: no clip could be encoded; the reasons are in {self._rejected}")
+        left_out = f"; {self._rejected} says why the others were not" if done < len(self.clips) else ""
+        logger.info("%s: %d of %d clips encoded%s", self.root, done, len(self.clips), left_out)
 
 
 def _clips_settings(path: Path) -> str:
     """The settings hash of the run that made the clips, so that clips made anew are not taken for the old ones."""
     file = path / store.RUN_FILE
-    if not file.is_file():
-        return ""
-    content = json.loads(file.read_text())
-    check_schema(content.get("schema"), CLIPS_SCHEMA, str(path))
-    return content["settings_hash"]
-
-
-class ClipEncoder:
-    """The networks that one rank needs for clips, and what they make of one."""
-
-    def __init__(self, variant: Variant, checkpoint: Path, settings: dict[str, Any], device: torch.device) -> None:
-        self.variant = variant
-        self.settings = settings
-        self.device = device
-        self.vae = load_vae(checkpoint, variant, device=device)
-        if variant.has_animate_adapter:
-            self.clip = load_image_encoder(checkpoint, device=device)
-            self.motion_encoder = load_motion_encoder(checkpoint, variant, device=device)
-
-    def video(self, pixels: Tensor) -> Tensor:
-        """(3, T, H, W) in [-1, 1] -> latents (C, F, h, w), stored dtype, CPU."""
-        return self.vae.encode(pixels[None].to(self.device))[0].to(STORED).cpu()
-
-    @torch.no_grad()
-    def motion(self, faces: Tensor) -> Tensor:
-        """(1, 3, T, 512, 512) in [-1, 1] -> motion vectors (T, motion_dim) fp32, CPU."""
-        return encode_motion(self.motion_encoder, faces.to(self.device))[0].float().cpu()
-
-    def encode(self, clip: Clip, row: dict[str, Any]) -> dict[str, Any]:
-        """The tensor columns of a clip.
-
-        Raises:
-            ValueError: the clip lacks what the variant needs.
-        """
-        frames = to_pixels(clip.frames_rgb)
-        latents = self.video(frames)
-        encoded: dict[str, Any] = {"latents": tensor_to_cell(latents), "known": [], "num_known": 0}
-        if not self.variant.has_animate_adapter:
-            return encoded
-        for name in ("reference_rgb", "pose_keypoints", "faces_rgb"):
-            if getattr(clip, name) is None:
-                raise ValueError(
-                    f"clip {clip.clip_id} has no {name.removesuffix('_rgb')}, which {self.variant.name} needs"
-                )
-        assert clip.reference_rgb is not None and clip.pose_keypoints is not None and clip.faces_rgb is not None
-        reference = to_pixels(clip.reference_rgb[None])
-        if reference.shape[2:] != frames.shape[2:] or clip.canvas_hw != tuple(frames.shape[2:]):
-            raise ValueError(
-                f"clip {clip.clip_id}: reference {tuple(reference.shape[2:])} and video {tuple(frames.shape[2:])} differ in size"
-            )
-        pose = to_pixels(draw_poses(clip.pose_keypoints, clip.canvas_hw))
-        known = self._known(clip, frames, list(row["modes"]), latents)
-        return encoded | {
-            "reference_latents": tensor_to_cell(self.video(reference)),
-            "pose_latents": tensor_to_cell(self.video(pose)),
-            "clip_features": tensor_to_cell(self.clip.encode(reference[:, 0][None].to(self.device))[0].to(STORED)),
-            "motion_vectors": tensor_to_cell(self.motion(to_pixels(clip.faces_rgb)[None])),
-            "known": known,
-            "num_known": len(known),
-        }
-
-    def _known(self, clip: Clip, frames: Tensor, modes: list[str], latents: Tensor) -> list[dict[str, Any]]:
-        """The clip's known variants, drawn from (seed, clip, number); plain animation stores no tensors."""
-        if clip.mask is None:
-            modes = [mode for mode in modes if mode != "replacement"]
-        variants = []
-        for number in range(self.settings["known_variants"]):
-            entropy = [self.settings["seed"], number, xxhash.xxh64(clip.clip_id.encode()).intdigest()]
-            variant = draw_known_variant(np.random.default_rng(entropy), modes, len(clip.frames_rgb))
-            variants.append({**asdict(variant), **self._known_tensors(clip, frames, variant, latents)})
-        return variants
-
-    def _known_tensors(self, clip: Clip, frames: Tensor, variant: KnownVariant, latents: Tensor) -> dict[str, Any]:
-        if variant.is_plain:
-            return {"latents": None, "mask_bits": None}
-        grown = grow_mask(clip.mask, variant) if variant.mode == "replacement" and clip.mask is not None else None
-        mask = known_mask(grown, variant, frames.shape[1], (latents.shape[2], latents.shape[3]))
-        return {
-            "latents": tensor_to_cell(self.video(known_pixels(frames, grown, variant))),
-            "mask_bits": np.packbits(mask.numpy().astype(bool)).tobytes(),
-        }
+    return str(json.loads(file.read_text())["settings_hash"]) if file.is_file() else ""
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -73,7 +74,7 @@ def build_trainer(recipe: Recipe, reader: CheckpointReader | None = None) -> Wan
     problems = check(recipe)
     if problems:
         raise ValueError("\n".join([f"{len(problems)} problems in the recipe:", *problems]))
-    args = WanTrainingArguments(**training_arguments(recipe), ddp_backend=_backend())
+    args = WanTrainingArguments(**{**training_arguments(recipe), **_cpu_arguments()})
     device = args.device  # sets the process group up
     variant = get_variant(recipe.variant)
     expert = recipe.model.expert or default_expert(variant)
@@ -104,11 +105,15 @@ def build_trainer(recipe: Recipe, reader: CheckpointReader | None = None) -> Wan
     return trainer
 
 
-def _backend() -> str | None:
-    """gloo where there is no GPU; otherwise accelerate's choice. Only valid with several processes."""
-    import os
+def _cpu_arguments() -> dict[str, Any]:
+    """What TrainingArguments need to be told where there is no GPU.
 
-    return "gloo" if not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    DeepSpeed is the exception: accelerate leaves it out of a job that says it uses the CPU.
+    """
+    if torch.cuda.is_available():
+        return {}
+    backend = {"ddp_backend": "gloo"} if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}
+    return backend if launched_engine() == "zero3" else {**backend, "use_cpu": True}
 
 
 def techniques(recipe: Recipe, seed: int) -> Techniques:

@@ -11,12 +11,12 @@ from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer, WanTex
 from diffsynth.models.wan_video_vae import VideoVAE38_, VideoVAE_, WanVideoVAE, WanVideoVAE38
 from diffsynth.pipelines.wan_video import WanVideoUnit_PromptEmbedder
 
+from wan_accel.models.checkpoint_files import file_identity
 from wan_accel.models.conditioning.text import NULL_PROMPTS, caption_id, encode_captions
 from wan_accel.models.denoiser import encode_motion
 from wan_accel.models.encoder_sizes import build_clip, build_text_encoder, build_vae21, build_vae22
 from wan_accel.models.encoders import (
     LATENT_STATISTICS,
-    file_identity,
     load_clip,
     load_motion_encoder,
     load_text_encoder,

@@ -4,19 +4,17 @@ Sizes come from tensor shapes, so tiny checkpoints in the original layout load a
 Shapes: B batch, T video frames, F latent frames, H x W pixels, h x w latents, L tokens.
 """
 
-import pickle
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import xxhash
 from diffsynth.models.wan_video_image_encoder import VisionTransformer
 from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer, WanTextEncoder
 from diffsynth.models.wan_video_vae import VideoVAE_
 from torch import Tensor, nn
 
+from wan_accel.models.checkpoint_files import TOKENIZER_FILE, read_pth
 from wan_accel.models.dit import Shapes, animate_size_from_shapes, build_animate_adapter
 from wan_accel.models.encoder_sizes import build_clip, build_text_encoder, build_vae21, build_vae22
 from wan_accel.models.loading import (
@@ -61,7 +59,6 @@ LATENT_STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
          0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
     ),
 }  # fmt: skip
-_IDENTITY_BLOCKS, _IDENTITY_BLOCK_BYTES = 64, 1 << 16
 
 
 class TextEncoder:
@@ -147,7 +144,7 @@ def load_text_encoder(
         CheckpointError: a file is missing or damaged, or its tensors are not those of umT5.
     """
     folder = checkpoint / TOKENIZER_FOLDER
-    if not (folder / "tokenizer.json").is_file():
+    if not (checkpoint / TOKENIZER_FILE).is_file():
         raise CheckpointError(f"{folder} has no tokenizer.json: download {TOKENIZER_FOLDER}/ of the checkpoint again")
     model = _load(checkpoint / TEXT_ENCODER_FILE, build_text_encoder, torch_dtype, device)
     return TextEncoder(model, HuggingfaceTokenizer(str(folder), seq_len=TEXT_LENGTH, clean="whitespace"))
@@ -211,18 +208,6 @@ def load_motion_encoder(
     return encoder.eval().requires_grad_(False)
 
 
-def file_identity(path: Path) -> str:
-    """Hash a file's size and 64 blocks spread over it: which weights these are, without reading 11 GB."""
-    size = path.stat().st_size
-    digest = xxhash.xxh64(size.to_bytes(8, "little"))
-    last = max(size - _IDENTITY_BLOCK_BYTES, 0)
-    with path.open("rb") as file:
-        for offset in sorted({last * block // (_IDENTITY_BLOCKS - 1) for block in range(_IDENTITY_BLOCKS)}):
-            file.seek(offset)
-            digest.update(file.read(_IDENTITY_BLOCK_BYTES))
-    return digest.hexdigest()
-
-
 def _load(
     path: Path,
     build: Callable[[Shapes], nn.Module],
@@ -232,7 +217,7 @@ def _load(
     prefix: str = "",
 ) -> nn.Module:
     """Build what the shapes of a .pth file describe, and fill it. Names without `prefix` are left alone."""
-    state = {name[len(prefix) :]: t for name, t in _read_pth(path).items() if name.startswith(prefix)}
+    state = {name[len(prefix) :]: t for name, t in read_pth(path).items() if name.startswith(prefix)}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     try:
         with torch.device("meta"):
@@ -245,21 +230,6 @@ def _load(
     _compare(wanted, {prefix + name: shape for name, shape in shapes.items()}, path)
     model.load_state_dict(state, assign=True)
     return model.to(device=device, dtype=torch_dtype).eval().requires_grad_(False)
-
-
-def _read_pth(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that `torch.save` wrote, mapped rather than read."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist: download {path.name} of the checkpoint, or set another folder")
-    try:
-        # Only zip archives can be mapped; a file of the format before them is read whole.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is damaged or cut short ({reason}): download it again") from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(f"{path} holds no table of tensors: download it again")
-    return state
 
 
 def _compare(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: Path) -> None:

@@ -63,7 +63,7 @@ def draw_known_variant(rng: np.random.Generator, modes: list[str], num_frames: i
 
 def to_pixels(frames_rgb: np.ndarray) -> Tensor:
     """(T, H, W, 3) uint8 -> (3, T, H, W) fp32 in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(frames_rgb)).permute(3, 0, 1, 2).float() / 127.5 - 1
+    return torch.tensor(frames_rgb).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
 def grow_mask(mask: np.ndarray, variant: KnownVariant) -> np.ndarray:

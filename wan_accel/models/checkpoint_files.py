@@ -1,0 +1,117 @@
+"""The encoder files of a checkpoint: which ones a variant needs, whether they are whole, which weights they hold."""
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from wan_accel.data.schema import LATENTS_SCHEMA
+from wan_accel.models.loading import MOTION_ENCODER, CheckpointError, CheckpointReader, dit_folder
+from wan_accel.models.variants import CLIP_FILE, TEXT_ENCODER_FILE, TOKENIZER_FOLDER, Variant
+
+TOKENIZER_FILE = f"{TOKENIZER_FOLDER}/tokenizer.json"
+_IDENTITY_BLOCKS, _IDENTITY_BLOCK_BYTES = 64, 1 << 16
+_PURPOSES = {
+    TEXT_ENCODER_FILE: "encodes captions",
+    TOKENIZER_FILE: "splits captions into tokens",
+    CLIP_FILE: "encodes reference pictures",
+}
+
+
+def encoder_files(variant: Variant) -> dict[str, tuple[str, ...]]:
+    """Which files, relative to the checkpoint, each kind of condition is made with (faces: see `condition_keys`)."""
+    vae = variant.vae.file
+    files: dict[str, tuple[str, ...]] = {"text": (TEXT_ENCODER_FILE, TOKENIZER_FILE), "video": (vae,)}
+    if variant.has_animate_adapter:
+        files |= {"pose": (vae,), "known": (vae,), "reference": (vae, CLIP_FILE)}
+    return files
+
+
+def check_encoder_files(checkpoint: Path, variant: Variant) -> None:
+    """Open every file that caching needs, without reading tensors.
+
+    Raises:
+        CheckpointError: all files that are missing, or the first that is damaged; what each is for.
+    """
+    names = sorted({name for files in encoder_files(variant).values() for name in files})
+    if variant.has_animate_adapter:
+        CheckpointReader(dit_folder(checkpoint, variant, variant.experts[0].name))  # holds the motion encoder
+    elif not checkpoint.is_dir():
+        dit_folder(checkpoint, variant, variant.experts[0].name)  # says how to get a checkpoint
+    missing = [name for name in names if not (checkpoint / name).is_file()]
+    if missing:
+        listed = "; ".join(f"{name} ({_PURPOSES.get(name, 'encodes videos')})" for name in missing)
+        raise CheckpointError(
+            f"{checkpoint} does not have {listed}: download {variant.hub_id} there again, or set model.checkpoint to a "
+            "whole checkpoint"
+        )
+    for name in names:
+        if name.endswith(".pth"):
+            read_pth(checkpoint / name)
+
+
+def read_pth(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that `torch.save` wrote, mapped rather than read.
+
+    Raises:
+        CheckpointError: it does not exist, is cut short, or holds something else.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist: download {path.name} of the checkpoint, or set another folder")
+    try:
+        # Only zip archives can be mapped; a file of the format before them is read whole.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is damaged or cut short ({reason}): download it again") from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise CheckpointError(f"{path} holds no table of tensors: download it again")
+    return state
+
+
+def condition_keys(variant: Variant, checkpoint: Path, *, known_variants: int) -> dict[str, str]:
+    """What each kind of condition depends on, hashed: schema, the encoders' weights, settings.
+
+    Two runs with the same keys make the same tensors of the same clips. A kind whose files are not in `checkpoint`
+    (an exported DiT alone) is left out.
+    """
+    keys = {}
+    for kind, names in encoder_files(variant).items():
+        paths = [checkpoint / name for name in names]
+        if all(path.is_file() for path in paths):
+            settings = {"known_variants": known_variants} if kind == "known" else {}
+            keys[kind] = _hash([LATENTS_SCHEMA, variant.name, kind, [file_identity(path) for path in paths], settings])
+    if variant.has_animate_adapter:
+        keys["face"] = _hash([LATENTS_SCHEMA, variant.name, "face", _motion_identity(checkpoint, variant)])
+    return keys
+
+
+def _hash(content: Any) -> str:
+    return xxhash.xxh64(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _motion_identity(checkpoint: Path, variant: Variant) -> str:
+    """Hash of the motion encoder's weights, which live among the DiT's."""
+    reader = CheckpointReader(dit_folder(checkpoint, variant, variant.experts[0].name))
+    digest = xxhash.xxh64()
+    for name in sorted(reader.shapes):
+        if name.startswith(MOTION_ENCODER):
+            digest.update(reader.read(name).float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def file_identity(path: Path) -> str:
+    """Hash a file's size and 64 blocks spread over it: which weights these are, without reading 11 GB."""
+    size = path.stat().st_size
+    digest = xxhash.xxh64(size.to_bytes(8, "little"))
+    last = max(size - _IDENTITY_BLOCK_BYTES, 0)
+    with path.open("rb") as file:
+        for offset in sorted({last * block // (_IDENTITY_BLOCKS - 1) for block in range(_IDENTITY_BLOCKS)}):
+            file.seek(offset)
+            digest.update(file.read(_IDENTITY_BLOCK_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,158 @@
+"""A clip to its tensor columns in the latents dataset: one rank's encoders, and what they make of a row."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from wan_accel.data.clips import Clip
+from wan_accel.data.latents import tensor_to_cell
+from wan_accel.data.skeleton import draw_poses
+from wan_accel.models.conditioning.animate import (
+    KnownVariant,
+    draw_known_variant,
+    grow_mask,
+    known_mask,
+    known_pixels,
+    to_pixels,
+)
+from wan_accel.models.denoiser import encode_motion
+from wan_accel.models.encoders import load_clip, load_motion_encoder, load_vae
+from wan_accel.models.variants import FACE_SIZE, Variant
+
+STORED = torch.bfloat16
+# Frames go to the device a few at a time: 81 of 512 x 512 as fp32 are 255 MB.
+_FACES_AT_ONCE = 16
+_NEEDED_BY_ANIMATE = ("reference_rgb", "pose_keypoints", "faces_rgb")
+
+
+class ClipEncoder:
+    """The networks that clips need. Latents and CLIP features come out in bf16, motion vectors in fp32, on the CPU.
+
+    Args:
+        variant: what is to be trained.
+        checkpoint: folder with its VAE and, for Animate, CLIP and the motion encoder.
+        known_variants: known-pixel variants to draw for each clip.
+        device: where the networks run.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+
+    def __init__(
+        self, variant: Variant, checkpoint: Path, *, known_variants: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.variant = variant
+        self.known_variants = known_variants
+        self.device = device
+        self.vae = load_vae(checkpoint, variant, device=device)
+        if variant.has_animate_adapter:
+            self.clip = load_clip(checkpoint, device=device)
+            self.motion_encoder = load_motion_encoder(checkpoint, variant, device=device)
+
+    def encode(self, clip: Clip, *, modes: Sequence[str] = ()) -> dict[str, Any]:
+        """The tensor columns of a clip.
+
+        Args:
+            clip: what the row holds.
+            modes: `animation`, `replacement`: what known variants are drawn from.
+
+        Raises:
+            ValueError: the clip lacks what the variant needs, or its sizes do not fit.
+        """
+        self._check_sizes(clip)
+        frames = to_pixels(clip.frames_rgb)
+        latents = self.video(frames)
+        encoded: dict[str, Any] = {"latents": tensor_to_cell(latents), "known": [], "num_known": 0}
+        if not self.variant.has_animate_adapter:
+            return encoded
+        known = self._known(clip, frames, modes, latent_hw=(latents.shape[2], latents.shape[3]))
+        return encoded | self._animate_columns(clip) | {"known": known, "num_known": len(known)}
+
+    def _check_sizes(self, clip: Clip) -> None:
+        height, width = clip.frames_rgb.shape[1:3]
+        divisor = self.variant.size_divisor
+        if height % divisor or width % divisor:
+            raise ValueError(
+                f"clip {clip.clip_id} is {height}x{width} pixels: {self.variant.name} needs multiples of {divisor}"
+            )
+        if not self.variant.has_animate_adapter:
+            return
+        for name in _NEEDED_BY_ANIMATE:
+            if getattr(clip, name) is None:
+                raise ValueError(
+                    f"clip {clip.clip_id} has no {name.removesuffix('_rgb')}, which {self.variant.name} needs"
+                )
+        assert clip.reference_rgb is not None
+        for name, hw in (("reference", clip.reference_rgb.shape[:2]), ("canvas of the poses", clip.canvas_hw)):
+            if tuple(hw) != (height, width):
+                raise ValueError(
+                    f"clip {clip.clip_id}: {name} is {hw[0]}x{hw[1]} pixels, its video {height}x{width}: make "
+                    "the clip again with --purpose train"
+                )
+
+    def _animate_columns(self, clip: Clip) -> dict[str, Any]:
+        assert clip.reference_rgb is not None and clip.pose_keypoints is not None and clip.faces_rgb is not None
+        reference = to_pixels(clip.reference_rgb[None])
+        # The poses of all frames make one video as long as the target's: pose latent k is of the same four frames
+        # as latent k. (DiffSynth cuts four frames off and so trains on poses that lag behind.)
+        pose = to_pixels(draw_poses(clip.pose_keypoints, clip.canvas_hw))
+        features = self.clip.encode(reference.transpose(0, 1).to(self.device))[0]
+        return {
+            "reference_latents": tensor_to_cell(self.video(reference)),
+            "pose_latents": tensor_to_cell(self.video(pose)),
+            "clip_features": tensor_to_cell(features.to(STORED)),
+            "motion_vectors": tensor_to_cell(self.motion(clip.faces_rgb)),
+        }
+
+    def video(self, pixels: Tensor) -> Tensor:
+        """(3, T, H, W) in [-1, 1] -> latents (C, F, h, w)."""
+        return self.vae.encode(pixels[None].to(self.device))[0].to(STORED).cpu()
+
+    @torch.no_grad()
+    def motion(self, faces_rgb: np.ndarray) -> Tensor:
+        """(T, 512, 512, 3) uint8 -> motion vectors (T, motion_dim)."""
+        chunks = [faces_rgb[start : start + _FACES_AT_ONCE] for start in range(0, len(faces_rgb), _FACES_AT_ONCE)]
+        vectors = [encode_motion(self.motion_encoder, to_pixels(chunk)[None].to(self.device)) for chunk in chunks]
+        return torch.cat(vectors, dim=1)[0].float().cpu()
+
+    def no_face(self) -> Tensor:
+        """The motion vector (1, motion_dim) of a face of all -1, which stands for a dropped one."""
+        return self.motion(np.zeros((1, FACE_SIZE, FACE_SIZE, 3), np.uint8))
+
+    def nothing_known(self, num_frames: int, height: int, width: int) -> Tensor:
+        """Latents (C, F, h, w) of a mid-grey video: animation of which nothing is known."""
+        return self.video(torch.zeros(3, num_frames, height, width))
+
+    def _known(
+        self, clip: Clip, frames: Tensor, modes: Sequence[str], *, latent_hw: tuple[int, int]
+    ) -> list[dict[str, Any]]:
+        """The clip's known variants, drawn from its name and their number; plain animation stores no tensors."""
+        usable = [mode for mode in modes if mode != "replacement" or clip.mask is not None]
+        if not usable:
+            raise ValueError(
+                f"clip {clip.clip_id} has no mode to train (modes {list(modes)}; replacement needs a mask)"
+            )
+        rows = []
+        for number in range(self.known_variants):
+            entropy = [number, xxhash.xxh64(clip.clip_id.encode()).intdigest()]
+            variant = draw_known_variant(np.random.default_rng(entropy), usable, len(clip.frames_rgb))
+            rows.append({**asdict(variant), **self._known_tensors(clip, frames, variant, latent_hw)})
+        return rows
+
+    def _known_tensors(
+        self, clip: Clip, frames: Tensor, variant: KnownVariant, latent_hw: tuple[int, int]
+    ) -> dict[str, Any]:
+        if variant.is_plain:
+            return {"latents": None, "mask_bits": None}
+        grown = grow_mask(clip.mask, variant) if variant.mode == "replacement" and clip.mask is not None else None
+        mask = known_mask(grown, variant, frames.shape[1], latent_hw)
+        return {
+            "latents": tensor_to_cell(self.video(known_pixels(frames, grown, variant))),
+            "mask_bits": np.packbits(mask.numpy().astype(bool)).tobytes(),
+        }
