@@ -106,7 +106,9 @@ def _assemble_zero3(
 ) -> WanDenoiser:
     import deepspeed
 
-    with deepspeed.zero.Init(config_dict_or_path=_zero_config(), dtype=techniques.torch_dtype):
+    # The dtype goes through the config: zero.Init's own `dtype` is ignored on CPU, where it falls to bf16
+    # (deepspeed 0.19 `_set_dtype`, operator precedence). It can be passed when that is mended.
+    with deepspeed.zero.Init(config_dict_or_path=_zero_config(techniques.torch_dtype)):
         model = build_denoiser(variant, reader)
         _apply(model, variant, techniques, dims, device)
     fill_parameters(
@@ -119,9 +121,25 @@ def _assemble_zero3(
     return model
 
 
-def _zero_config() -> dict[str, Any]:
-    """What zero.Init reads of the accelerate config; the batch size is only there because it insists on one."""
-    config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+def _zero_config(torch_dtype: torch.dtype) -> dict[str, Any]:
+    """What zero.Init reads of the accelerate config; the batch size is only there because it insists on one.
+
+    With mixed_precision bf16 parameters are bf16 and DeepSpeed's optimizer keeps the fp32 masters.
+
+    Raises:
+        ValueError: bf16 weights without mixed precision, which would train without fp32 masters.
+    """
+    is_mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "bf16"
+    if torch_dtype == torch.bfloat16 and not is_mixed:
+        raise ValueError(
+            "model.torch_dtype=bfloat16 under ZeRO-3 needs mixed_precision: bf16 in the accelerate config, or nothing "
+            "keeps fp32 masters of what is trained"
+        )
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": is_mixed},
+    }
     offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
     if offload != "none":
         config["zero_optimization"]["offload_param"] = {"device": offload}

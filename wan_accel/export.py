@@ -161,7 +161,7 @@ def _skeleton(weights: dict[str, Tensor]) -> nn.Module:
                 parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        linear.weight.data = weight
+        linear.weight.data = weight.clone()  # the reader maps files: fusing in place would change what it reads next
         parent.add_module(leaf, linear)
     return root
 
