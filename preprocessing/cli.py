@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from preprocessing.types import PROFILES
 
@@ -18,10 +19,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on after the last finished video\n")
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; --help shows the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="wan-preprocess", description="Turn videos into training data.")
+    parser = _Parser(prog="wan-preprocess", description="Turn videos into training data.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     animate = commands.add_parser("animate", help="videos of people -> Wan-Animate clips")
@@ -68,7 +79,9 @@ def _area(text: str) -> int:
 
 
 def _animate(arguments: argparse.Namespace) -> int:
-    from preprocessing.pipeline import ModelFiles, Pipeline, Settings, find_videos, run
+    from preprocessing.batch import run
+    from preprocessing.pipeline import Pipeline
+    from preprocessing.settings import ModelFiles, Settings, find_videos
 
     settings = Settings(
         purpose=arguments.purpose, reference=arguments.reference, retarget=arguments.retarget,
@@ -79,6 +92,9 @@ def _animate(arguments: argparse.Namespace) -> int:
     models = ModelFiles(detector=arguments.detector, pose=arguments.pose, segmenter=arguments.segmenter)
     pipeline = Pipeline(settings, models, provider=arguments.provider, num_threads=arguments.num_threads)
     counts = run(pipeline, videos, arguments.output)
+    if not counts["todo"]:
+        print(f"{arguments.output}: nothing to do, {counts['finished']} videos finished, {counts['rejected']} rejected")
+        return 0
     print(
         f"{arguments.output}: {counts['clips']} new clips; {counts['finished']} videos finished, "
         f"{counts['rejected']} rejected" + (" (see rejected.jsonl)" if counts["rejected"] else "")

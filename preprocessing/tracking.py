@@ -1,9 +1,11 @@
 """Follow one person through a video's detections."""
 
+from itertools import pairwise
+
 import numpy as np
 
 from preprocessing.detection import select_person
-from preprocessing.types import Float
+from preprocessing.types import Float, Int
 
 _MIN_IOU = 0.2
 # Frames without a matching box after which the person counts as gone and the largest one is followed anew.
@@ -20,7 +22,7 @@ def follow_largest(people: list[Float], frame_hw: tuple[int, int]) -> Float:
     Returns:
         (T, 5) float64; score -1 where the person is not found.
     """
-    nobody = np.array([0, 0, frame_hw[1], frame_hw[0], -1], np.float64)
+    nobody: Float = np.array([0, 0, frame_hw[1], frame_hw[0], -1], np.float64)
     boxes, last, missed = [], None, 0
     for found in people:
         box = nobody
@@ -34,6 +36,19 @@ def follow_largest(people: list[Float], frame_hw: tuple[int, int]) -> Float:
         last = box if box[4] >= 0 else last
         boxes.append(box)
     return np.stack(boxes)
+
+
+def track_numbers(boxes: Float) -> Int:
+    """Number the people that `follow_largest` followed: (T,) from 0, one more after each long absence.
+
+    After it the person may be another one, so clips and references must not reach across.
+    """
+    numbers = np.zeros(len(boxes), np.int64)
+    found = np.flatnonzero(boxes[:, 4] >= 0)
+    for before, after in pairwise(found):
+        if after - before > _PATIENCE:
+            numbers[after:] += 1
+    return numbers
 
 
 def iou(box: Float, others: Float) -> Float:

@@ -1,6 +1,8 @@
 """Check a clips dataset: every part against its hash, every clip by decoding it."""
 
+from collections.abc import Mapping, Sized
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -28,4 +30,15 @@ def verify_clips(dataset: Path) -> list[str]:
             load_clip(row)
         except ValueError as error:
             problems.append(str(error))
+        problems += _wrong_lengths(row)
     return problems
+
+
+def _wrong_lengths(row: Mapping[str, Any]) -> list[str]:
+    """Columns that `load_clip` does not decode, and that must have a value a frame."""
+    lengths = {name: len(row[name]) for name in ("timestamps", "face_boxes") if isinstance(row.get(name), Sized)}
+    return [
+        f"clip {row['clip_id']}: {name} has {length} frames, its row says {row['num_frames']}"
+        for name, length in lengths.items()
+        if length != row["num_frames"]
+    ]

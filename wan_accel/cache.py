@@ -3,7 +3,6 @@
 Captions first, each distinct one once; then clips, which ranks claim one by one without talking to each other.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -29,6 +28,7 @@ from wan_accel.models.conditioning.text import NULL_PROMPTS, caption_id, encode_
 from wan_accel.models.encoders import load_text_encoder
 from wan_accel.models.variants import TEXT_LENGTH, get_variant
 from wan_accel.recipe.check import check
+from wan_accel.recipe.commandline import parse_overrides, recipe_parser
 from wan_accel.recipe.load import load_recipe
 from wan_accel.recipe.schema import Recipe
 
@@ -42,11 +42,9 @@ Shape = tuple[int, int, int]  # frames, height, width
 
 def main(argv: list[str] | None = None) -> int:
     """Encode; returns the exit code (2 for input that cannot be used)."""
-    parser = argparse.ArgumentParser(description="Encode a clips dataset into a latents folder.")
-    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    parser.add_argument("overrides", nargs="*", help="key=value")
+    parser = recipe_parser("Encode a clips dataset into a latents folder.")
     parser.add_argument("--dry-run", action="store_true", help="print sizes and stop")
-    arguments = parser.parse_args(argv)
+    arguments = parse_overrides(parser, argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         cache = Cache(load_recipe(arguments.recipe, arguments.overrides))

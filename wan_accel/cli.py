@@ -12,7 +12,11 @@ from wan_accel.recipe.load import find_recipe, load_recipe, recipes_folder, ship
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code, 2 for input that cannot be used."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, overrides = parser.parse_known_args(argv)
+    if overrides and arguments.run is not _check:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    arguments.overrides = overrides
     try:
         return arguments.run(arguments)
     except (ValueError, OSError) as error:
@@ -36,9 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("target", type=Path)
     copy.set_defaults(run=_copy)
 
-    checking = commands.add_parser("check", help="check a recipe without running it")
+    checking = commands.add_parser("check", help="check a recipe (and overrides, key=value) without running it")
     checking.add_argument("recipe")
-    checking.add_argument("overrides", nargs="*", metavar="key=value")
     checking.add_argument("--config_file", type=Path, help="the accelerate config it will be launched with")
     checking.add_argument("--num_processes", type=int, help="processes it will be launched with")
     checking.set_defaults(run=_check)

@@ -1,6 +1,5 @@
 """Fixed-noise loss of weights on a recipe's data: `accelerate launch -m wan_accel.evaluate RECIPE [--lora FILE]`."""
 
-import argparse
 import json
 import logging
 import sys
@@ -12,6 +11,7 @@ from wan_accel.assemble import launched_engine
 from wan_accel.export import lora_deltas
 from wan_accel.models.loading import CheckpointReader, MergedReader, default_expert, dit_folder
 from wan_accel.models.variants import get_variant
+from wan_accel.recipe.commandline import parse_overrides, recipe_parser
 from wan_accel.recipe.load import load_recipe
 from wan_accel.recipe.schema import Recipe
 from wan_accel.train import build_trainer
@@ -19,11 +19,9 @@ from wan_accel.train import build_trainer
 
 def main(argv: list[str] | None = None) -> int:
     """Print the loss as one line of JSON; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    parser.add_argument("overrides", nargs="*", help="key=value; model.checkpoint=... evaluates other full weights")
+    parser = recipe_parser("Print the fixed-noise loss of weights on a recipe's data as one line of JSON.")
     parser.add_argument("--lora", type=Path, help="an exported LoRA, merged into the base weights")
-    arguments = parser.parse_args(argv)
+    arguments = parse_overrides(parser, argv)
     logging.basicConfig(level=logging.WARNING)
     try:
         recipe = load_recipe(arguments.recipe, [*arguments.overrides, "method={kind: full}", "training.report_to=none"])

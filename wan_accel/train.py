@@ -1,6 +1,5 @@
 """Train a recipe: `accelerate launch --config_file CONFIG -m wan_accel.train RECIPE [key=value ...]`."""
 
-import argparse
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from wan_accel.assemble import Techniques, assemble, launched_engine
 from wan_accel.data.latents import LatentsDataset
 from wan_accel.lora import LoraSettings
 from wan_accel.metrics import write_run_state
+from wan_accel.models.checkpoint_files import condition_keys
 from wan_accel.models.loading import CheckpointReader, default_expert, dit_folder
 from wan_accel.models.variants import get_variant
 from wan_accel.objective import NoiseLevels
@@ -25,6 +25,7 @@ from wan_accel.parallel.cpu import enable_fsdp_on_cpu
 from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.recipe.arguments import training_arguments
 from wan_accel.recipe.check import check
+from wan_accel.recipe.commandline import parse_overrides, recipe_parser
 from wan_accel.recipe.load import load_recipe, to_yaml
 from wan_accel.recipe.schema import Recipe
 from wan_accel.step_plan import SampleDraw, StepPlan, fixed_draws, split_groups
@@ -36,7 +37,9 @@ _VERSIONS = ("wan-accel", "torch", "accelerate", "deepspeed", "transformers", "d
 
 def main(argv: list[str] | None = None) -> int:
     """Train; returns the exit code (2 for input that cannot be used, said in one line)."""
-    arguments = parse(argv, "Train a recipe.")
+    parser = recipe_parser("Train a recipe.")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
+    arguments = parse_overrides(parser, argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -51,15 +54,6 @@ def main(argv: list[str] | None = None) -> int:
     return run(trainer, resume)
 
 
-def parse(argv: list[str] | None, description: str) -> argparse.Namespace:
-    """The command line that train, cache and evaluate share: a recipe and overrides."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as animate-14b/lora")
-    parser.add_argument("overrides", nargs="*", help="key=value, e.g. training.max_steps=10")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
-    return parser.parse_args(argv)
-
-
 def build_trainer(recipe: Recipe, reader: CheckpointReader | None = None) -> WanTrainer:
     """Everything between a recipe and a trainer ready to run. Collective.
 
@@ -71,7 +65,7 @@ def build_trainer(recipe: Recipe, reader: CheckpointReader | None = None) -> Wan
         ValueError: the recipe, dataset, checkpoint or layout cannot be used; nothing has been written.
     """
     enable_fsdp_on_cpu()
-    problems = check(recipe)
+    problems = check(recipe, world_size=int(os.environ.get("WORLD_SIZE", "1")), engine=launched_engine())
     if problems:
         raise ValueError("\n".join([f"{len(problems)} problems in the recipe:", *problems]))
     args = WanTrainingArguments(**{**training_arguments(recipe), **_cpu_arguments()})
@@ -79,8 +73,10 @@ def build_trainer(recipe: Recipe, reader: CheckpointReader | None = None) -> Wan
     variant = get_variant(recipe.variant)
     expert = recipe.model.expert or default_expert(variant)
     source = LatentsDataset(Path(recipe.data.latents))
+    checkpoint_folder = Path(recipe.model.checkpoint)
+    folder = dit_folder(checkpoint_folder, variant, expert)
+    source.check_keys(condition_keys(variant, checkpoint_folder, known_variants=recipe.cache.known_variants))
     plan, eval_draws = plan_data(recipe, args, source, expert)
-    folder = dit_folder(Path(recipe.model.checkpoint), variant, expert)
     model = assemble(
         variant,
         reader or CheckpointReader(folder),

@@ -1,4 +1,4 @@
-"""Datasets on disk: the contract (`schema`), the protocol (`store`), clips, latents. Lazy: importing it loads nothing."""
+"""Datasets on disk: the contract (`schema`), the protocol (`store`), clips, latents. Importing it loads nothing."""
 
 from importlib import import_module
 from typing import Any

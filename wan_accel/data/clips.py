@@ -46,7 +46,7 @@ def load_clip(row: Mapping[str, Any]) -> Clip:
     try:
         frames = _decode_video(row["video"])
         faces = _decode_video(row.get("face_video"))
-        mask = row.get("mask")
+        mask: Any = row.get("mask")
         clip = Clip(
             clip_id=clip_id,
             frames_rgb=frames,  # type: ignore[arg-type]
@@ -56,7 +56,7 @@ def load_clip(row: Mapping[str, Any]) -> Clip:
             boxes=_array(row.get("boxes"), np.float32),
             keypoints=_array(row.get("keypoints"), np.float32),
             pose_keypoints=_array(row.get("pose_keypoints"), np.float32),
-            canvas_hw=(int(row.get("canvas_height") or height), int(row.get("canvas_width") or width)),
+            canvas_hw=(_int(row.get("canvas_height"), height), _int(row.get("canvas_width"), width)),
         )
     except (ValueError, RuntimeError, OSError) as error:
         raise ValueError(f"clip {clip_id} cannot be decoded: {error}") from error
@@ -76,12 +76,16 @@ def _check_lengths(clip: Clip, num_frames: int, hw: tuple[int, int]) -> None:
 
 
 def _is_present(value: Any) -> bool:
-    """False for None and for nan, as which `datasets` reads back a null array of unknown length."""
+    """False for None and for nan, as which `datasets` reads back a null number or array of unknown length."""
     if value is None:
         return False
     return not (isinstance(value, (float, np.floating)) and np.isnan(value)) and not (
         isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind == "f" and np.isnan(value)
     )
+
+
+def _int(value: Any, default: int) -> int:
+    return int(value) if _is_present(value) else default
 
 
 def _array(value: Any, dtype: type) -> np.ndarray | None:
@@ -98,7 +102,8 @@ def _decode_image(value: Any) -> np.ndarray | None:
         if value["bytes"] is None:
             return None
         value = Image.open(io.BytesIO(value["bytes"]))
-    return np.asarray(value.convert("RGB") if isinstance(value, Image.Image) else value, dtype=np.uint8)
+    image = value if isinstance(value, Image.Image) else Image.fromarray(np.asarray(value, dtype=np.uint8))
+    return np.asarray(image.convert("RGB"))
 
 
 def _decode_video(value: Any) -> np.ndarray | None:

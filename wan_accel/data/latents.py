@@ -29,11 +29,10 @@ class LatentsError(store.StoreError):
 def tensor_to_cell(tensor: Tensor) -> dict[str, Any]:
     """A tensor as {dtype, shape, data}; bfloat16 bit for bit."""
     tensor = tensor.detach().cpu().contiguous()
-    data = tensor.view(torch.uint8) if tensor.ndim else tensor.reshape(1).view(torch.uint8)
     return {
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "shape": list(tensor.shape),
-        "data": data.numpy().tobytes(),
+        "data": tensor.reshape(-1).view(torch.uint8).numpy().tobytes(),
     }
 
 
@@ -126,6 +125,7 @@ class LatentsDataset:
         Raises:
             LatentsError: the draw needs a null row that was not cached.
         """
+        # As Python objects: the numpy format of datasets 5.2 strips zero bytes from the end of binary columns.
         row = self._clips[index]
         latents = cell_to_tensor(row["latents"])
         sample = {"text": self._text_of(row, draw)}

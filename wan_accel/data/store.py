@@ -11,11 +11,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
+from uuid import uuid4
 
 import pyarrow as pa
 import xxhash
@@ -52,6 +53,7 @@ def claim_output(root: Path, *, schema: str, settings: dict[str, Any]) -> None:
             names the differences. Nothing is changed.
     """
     path = root / RUN_FILE
+    settings = json.loads(json.dumps(settings))  # as they read back: a tuple is a list
     wanted = {"schema": schema, "settings": settings, "settings_hash": settings_hash(settings)}
     if path.is_file():
         found = json.loads(path.read_text())
@@ -63,10 +65,12 @@ def claim_output(root: Path, *, schema: str, settings: dict[str, Any]) -> None:
         ]
         if differences:
             raise StoreError(
-                f"{root} was made with other settings ({'; '.join(differences)}): choose another output folder, or remove it"
+                f"{root} was made with other settings ({'; '.join(differences)}): choose another output folder, or "
+                "remove it"
             )
         return
-    if root.is_dir() and any(root.iterdir()):
+    # The run file itself, or its temporary, is another rank claiming at this moment, or a claim that was killed.
+    if root.is_dir() and any(not path.name.startswith(RUN_FILE) for path in root.iterdir()):
         raise StoreError(f"{root} is not empty and was not made by wan-accel: choose another output folder")
     root.mkdir(parents=True, exist_ok=True)
     _write_json(path, wanted)
@@ -78,13 +82,16 @@ def settings_hash(settings: dict[str, Any]) -> str:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file at once; each process has its own temporary file."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with _full_disk(path), temporary.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Replace a JSON file at once; each write has its own temporary file, also across machines."""
+    temporary = path.with_name(f"{path.name}.{uuid4().hex[:8]}.tmp")
+    try:
+        with _full_disk(path), temporary.open("w") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -95,8 +102,8 @@ def _full_disk(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise StoreError(
-                f"no space left for {path} ({error.strerror}): free some and run the same command again; finished parts "
-                "are kept"
+                f"no space left for {path} ({error.strerror}): free some and run the same command again; "
+                "finished parts are kept"
             ) from error
         raise
 
@@ -114,7 +121,7 @@ class PartWriter:
         part_bytes: size at which a part is finished.
 
     Raises:
-        StoreError: the disk is full.
+        StoreError: the disk is full, or a row has an unknown column.
     """
 
     def __init__(self, root: Path, *, writer: str, features: "Features", part_bytes: int = PART_BYTES) -> None:
@@ -142,9 +149,10 @@ class PartWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
+        try:
+            if kind is None:
+                self.close()
+        finally:
             self.abandon()
 
     @property
@@ -152,7 +160,9 @@ class PartWriter:
         return self.folder / f"data-{self._number:05}.arrow"
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row; it is on disk when its part is finished."""
+        """Append a row; it is on disk when its part is finished. Columns that it lacks are null."""
+        if unknown := sorted(row.keys() - self.features.keys()):
+            raise StoreError(f"a row has columns that {self.root} does not have: {', '.join(unknown)}")
         encoded = self.features.encode_example({name: row.get(name) for name in self.features})
         self._rows.append(encoded)
         self._buffered += _size(encoded)
@@ -177,7 +187,7 @@ class PartWriter:
         self._rows, self._buffered = [], 0
 
     def flush(self) -> None:
-        """Finish the part: every row written so far is safe when this returns."""
+        """Finish the part: every row written so far is safe, and visible to `load_from_disk`, when this returns."""
         self._write_batch()
         if self._file is None:
             return
@@ -193,17 +203,19 @@ class PartWriter:
         self._number += 1
         self._file = self._stream = None
         self._written_rows = 0
+        refresh_state(self.root, self.features)
 
     def close(self) -> None:
-        """Finish the part and make its rows visible to `load_from_disk`."""
+        """Finish the part. Without new rows, list what an earlier writer finished before it was killed."""
         self.flush()
         refresh_state(self.root, self.features)
 
     def abandon(self) -> None:
         """Drop the unfinished part, keep the finished ones."""
-        self._rows = []
+        self._rows, self._buffered, self._written_rows = [], 0, 0
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # closing writes what is buffered, and the disk may be full
+                self._file.close()
             Path(self._file.name).unlink(missing_ok=True)
             self._file = self._stream = None
 
@@ -231,11 +243,41 @@ def _hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _finished(root: Path) -> list[Path]:
+    """Parts that have a sidecar, in a fixed order."""
+    return [path.with_name(path.name.removesuffix(".json")) for path in sorted(root.glob("parts/*/data-*.arrow.json"))]
+
+
 def parts(root: Path) -> dict[Path, Sidecar]:
-    """Finished parts with their sidecars, in a fixed order."""
+    """Finished parts with their sidecars, in a fixed order.
+
+    Raises:
+        StoreError: a sidecar is damaged.
+    """
     found = {}
-    for path in sorted(root.glob("parts/*/data-*.arrow.json")):
-        found[path.with_name(path.name.removesuffix(".json"))] = Sidecar(**json.loads(path.read_text()))
+    for part in _finished(root):
+        path = _sidecar_path(part)
+        try:
+            found[part] = Sidecar(**json.loads(path.read_text()))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise StoreError(
+                f"{path} is damaged ({error}): copy it again, or remove it with its part and run the command that "
+                "made it"
+            ) from error
+    return found
+
+
+def _whole_parts(root: Path) -> dict[Path, Sidecar]:
+    """`parts`, each checked to have its size: a part cut between two batches would read short without an error."""
+    found = parts(root)
+    for part, sidecar in found.items():
+        again = f"copy it again, or remove {_sidecar_path(part).name} with it and run the command that made it"
+        if not part.is_file():
+            raise StoreError(f"{part} is missing: {again}")
+        if part.stat().st_size != sidecar.bytes:
+            raise StoreError(
+                f"{part} is damaged: {part.stat().st_size} bytes, its sidecar says {sidecar.bytes}; {again}"
+            )
     return found
 
 
@@ -243,16 +285,17 @@ def refresh_state(root: Path, features: "Features") -> None:
     """Write state.json and dataset_info.json from the sidecars, each replaced at once."""
     from datasets import DatasetInfo
 
-    files = [{"filename": str(part.relative_to(root))} for part in parts(root)]
-    if not files:
-        return
-    info = asdict(DatasetInfo(features=features))
-    _write_json(root / "dataset_info.json", {key: value for key, value in info.items() if value is not None})
-    state = {
-        "_data_files": files, "_fingerprint": settings_hash({"files": files}), "_format_columns": None,
-        "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None,
-    }  # fmt: skip
-    _write_json(root / "state.json", state)
+    info = {key: value for key, value in asdict(DatasetInfo(features=features)).items() if value is not None}
+    listed: list[dict[str, str]] = []
+    # Until nothing changed meanwhile: of two writers finishing at once, the slower may have seen fewer parts.
+    while (files := [{"filename": str(part.relative_to(root))} for part in _finished(root)]) != listed:
+        _write_json(root / "dataset_info.json", info)
+        state: dict[str, Any] = {
+            "_data_files": files, "_fingerprint": settings_hash({"files": files}), "_format_columns": None,
+            "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None,
+        }  # fmt: skip
+        _write_json(root / "state.json", state)
+        listed = files
 
 
 def load(root: Path, schema: str, *, columns: list[str] | None = None) -> "Dataset":
@@ -269,40 +312,38 @@ def load(root: Path, schema: str, *, columns: list[str] | None = None) -> "Datas
     root = Path(root)
     if not (root / "state.json").is_file():
         raise StoreError(f"{root} is not a dataset of wan-accel (no state.json): give the folder that a run wrote")
-    found = parts(root)
-    for part, sidecar in found.items():
-        if not part.is_file():
-            raise StoreError(f"{part} is missing: restore it, or remove {_sidecar_path(part).name} to go on without it")
-        if part.stat().st_size != sidecar.bytes:
-            raise StoreError(
-                f"{part} is damaged: {part.stat().st_size} bytes, its sidecar says {sidecar.bytes}. Copy it again, or "
-                "remove the part with its sidecar and run the command that made it"
-            )
+    found = _whole_parts(root)
+    listed = [root / entry["filename"] for entry in json.loads((root / "state.json").read_text())["_data_files"]]
+    for part in listed:
+        if part not in found:
+            raise StoreError(f"{part} has no sidecar: copy it again, or run the command that made it again")
     if (root / RUN_FILE).is_file():
         check_schema(json.loads((root / RUN_FILE).read_text()).get("schema"), schema, str(root))
     dataset = load_from_disk(str(root))
-    listed = {root / entry["filename"] for entry in json.loads((root / "state.json").read_text())["_data_files"]}
-    expected = sum(sidecar.rows for part, sidecar in found.items() if part in listed)
+    expected = sum(found[part].rows for part in listed)
     if len(dataset) != expected:
-        raise StoreError(
-            f"{root} loads {len(dataset)} rows, its sidecars say {expected}: run `verify` to find the part"
-        )
-    check_schema(dataset.select_columns(["schema"])[0]["schema"], schema, str(root))
+        raise StoreError(f"{root} loads {len(dataset)} rows, its sidecars say {expected}: verify it to find the part")
+    for value in dataset.unique("schema"):
+        check_schema(value, schema, str(root))
     return dataset.select_columns(columns) if columns is not None else dataset
 
 
 def ids(root: Path, column: str) -> set[str]:
-    """Values of a string column over all finished parts: what is done already. Empty for a new folder."""
-    done: set[str] = set()
-    for part in parts(root):
-        with pa.memory_map(str(part)) as source:
-            for batch in pa.ipc.open_stream(source):
-                done.update(batch.column(column).to_pylist())
-    return done
+    """Values of a string column over all finished parts: what is done already. Empty for a new folder.
+
+    Raises:
+        StoreError: a part is missing or cut short, so that what is done cannot be known.
+    """
+    return {value for part in _whole_parts(root) for batch in _batches(part) for value in batch[column].to_pylist()}
+
+
+def _batches(part: Path) -> Iterator[pa.RecordBatch]:
+    with pa.memory_map(str(part)) as source:
+        yield from pa.ipc.open_stream(source)
 
 
 def verify(root: Path) -> list[str]:
-    """Check every part's size and hash; return what is wrong, one line each."""
+    """Check every part's size, hash and rows; return what is wrong, one line each."""
     problems = []
     for part, sidecar in parts(root).items():
         if not part.is_file():
@@ -311,4 +352,6 @@ def verify(root: Path) -> list[str]:
             problems.append(f"{part}: {part.stat().st_size} bytes, expected {sidecar.bytes}")
         elif _hash_file(part) != sidecar.xxh64:
             problems.append(f"{part}: content differs from its hash")
+        elif (rows := sum(batch.num_rows for batch in _batches(part))) != sidecar.rows:
+            problems.append(f"{part}: {rows} rows, expected {sidecar.rows}")
     return problems

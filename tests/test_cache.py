@@ -1,0 +1,255 @@
+"""The cache from a recipe to a latents folder: resuming, refusing, and what is left behind."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_clips import clip_row, write_clips
+
+from wan_accel import cache
+from wan_accel.data import store
+from wan_accel.data.latents import LatentsDataset, cell_to_tensor
+from wan_accel.data.schema import CLIPS_SCHEMA, LATENTS_SCHEMA, clips_features
+from wan_accel.models.checkpoint_files import condition_keys
+from wan_accel.models.conditioning.clips import ClipEncoder
+from wan_accel.models.variants import CLIP_FILE, TEXT_ENCODER_FILE, get_variant
+from wan_accel.tiny import init_tiny
+
+ANIMATE = get_variant("animate-14b")
+Run = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "animate"
+    init_tiny("animate-14b", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    return [clip_row(number) for number in range(3)]
+
+
+@pytest.fixture
+def run(checkpoint: Path, rows: list[dict], tmp_path: Path) -> Run:
+    """Cache `tmp_path/clips` (3 clips unless written before) into `tmp_path/latents`, with overrides."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"variant: animate-14b\nmodel: {{checkpoint: {checkpoint}}}\nmethod: {{kind: lora}}\n"
+        f"data: {{clips: {tmp_path / 'clips'}, latents: {tmp_path / 'latents'}}}\ncache: {{known_variants: 2}}\n"
+        f"training: {{output_dir: {tmp_path / 'run'}, learning_rate: 1.0e-4, max_steps: 1}}\n"
+    )
+
+    def cached(*arguments: str) -> int:
+        if not (tmp_path / "clips").exists():
+            write_clips(tmp_path / "clips", rows)
+        return cache.main([str(recipe), *arguments])
+
+    return cached
+
+
+def clip_ids(root: Path) -> list[str]:
+    return sorted(store.load(root / "clips", LATENTS_SCHEMA)["clip_id"])
+
+
+def test_folder_holds_clips_texts_and_nulls(run: Run, tmp_path: Path) -> None:
+    assert run() == 0
+    root = tmp_path / "latents"
+    assert clip_ids(root) == ["square0", "square1", "square2"]
+    captions = sorted(store.load(root / "text", LATENTS_SCHEMA)["caption"])
+    assert captions[:3] == ["", "a square moves, number 0", "a square moves, number 1"] and len(captions) == 4
+    nulls = store.load(root / "null", LATENTS_SCHEMA)
+    assert {(row["kind"], row["shape"]) for row in nulls} == {
+        ("empty_prompt", ""), ("negative_prompt", ""), ("face", ""), ("animation_known", "5x48x32")
+    }  # fmt: skip
+    assert not (root / "rejected.jsonl").exists() and not (root / "clips" / "claims").exists()
+    assert all(store.verify(root / part) == [] for part in ("clips", "text", "null"))
+
+
+def test_nulls_are_what_they_stand_for(run: Run, tmp_path: Path, checkpoint: Path) -> None:
+    assert run() == 0
+    rows = store.load(tmp_path / "latents" / "null", LATENTS_SCHEMA)
+    nulls = {row["kind"]: cell_to_tensor(row["tensor"]) for row in rows}
+    encoder = ClipEncoder(ANIMATE, checkpoint, known_variants=0)
+    assert torch.equal(nulls["animation_known"], encoder.video(torch.zeros(3, 5, 48, 32)))
+    assert nulls["face"].shape == (1, 32)
+    assert nulls["empty_prompt"].shape == (1, 64) and len(nulls["negative_prompt"]) > 20
+
+
+def test_second_run_encodes_only_what_is_new(run: Run, tmp_path: Path, rows: list[dict]) -> None:
+    write_clips(tmp_path / "clips", rows[:1])
+    assert run() == 0
+    first = store.parts(tmp_path / "latents" / "clips")
+    with store.PartWriter(tmp_path / "clips", writer="writer1", features=clips_features()) as writer:
+        writer.write(rows[1])
+        writer.write(clip_row(7, hw=(32, 48)))
+    stale = tmp_path / "latents" / "clips" / "claims" / "1"
+    stale.parent.mkdir()
+    stale.touch()  # of a run that was killed
+    assert run() == 0
+    parts = store.parts(tmp_path / "latents" / "clips")
+    assert {path: parts[path] for path in first} == first
+    assert [sidecar.rows for sidecar in parts.values()] == [1, 2]
+    assert clip_ids(tmp_path / "latents") == ["square0", "square1", "square7"]
+    nulls = store.load(tmp_path / "latents" / "null", LATENTS_SCHEMA)
+    assert sorted(row["shape"] for row in nulls if row["kind"] == "animation_known") == ["5x32x48", "5x48x32"]
+    assert run() == 0
+    assert store.parts(tmp_path / "latents" / "clips") == parts
+
+
+def test_broken_clip_is_left_out_with_its_reason(
+    run: Run, tmp_path: Path, rows: list[dict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = rows[1] | {"video": {"bytes": rows[1]["video"]["bytes"][:400], "path": None}}
+    faceless = rows[2] | {"face_video": None}
+    write_clips(tmp_path / "clips", [rows[0], broken, faceless])
+    assert run() == 0
+    assert clip_ids(tmp_path / "latents") == ["square0"]
+    assert run() == 0  # tries them again, and says it once
+    entries = [json.loads(line) for line in (tmp_path / "latents" / "rejected.jsonl").read_text().splitlines()]
+    reasons = {entry["clip_id"]: entry["reason"] for entry in entries}
+    assert len(entries) == 2
+    assert "square1 cannot be decoded" in reasons["square1"] and "has no faces" in reasons["square2"]
+
+
+def test_no_clip_at_all_is_an_error(
+    run: Run, tmp_path: Path, rows: list[dict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_clips(tmp_path / "clips", [rows[0] | {"face_video": None}])
+    assert run() == 2
+    assert "no clip could be encoded; the reasons are in" in capsys.readouterr().err
+
+
+def test_driving_clips_are_refused(
+    run: Run, tmp_path: Path, rows: list[dict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_clips(tmp_path / "clips", [rows[0], rows[1] | {"purpose": "drive"}])
+    assert run() == 2
+    assert "holds clips made with --purpose drive" in capsys.readouterr().err
+    assert not (tmp_path / "latents").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / CLIP_FILE).unlink(), f"does not have {CLIP_FILE} \\(encodes reference pictures\\)"),
+        (lambda folder: _cut(folder / TEXT_ENCODER_FILE), f"{TEXT_ENCODER_FILE} is damaged or cut short"),
+        (lambda folder: _cut(next(folder.glob("*1-of*"))), "00001-of-00002.safetensors is damaged or cut short"),
+        (shutil.rmtree, "is not a folder: download Wan-AI/Wan2.2-Animate-14B there"),
+    ],
+)
+def test_spoilt_checkpoint_leaves_nothing_behind(
+    run: Run, tmp_path: Path, checkpoint: Path, spoil: Callable, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(checkpoint, copy)
+    spoil(copy)
+    assert run(f"model.checkpoint={copy}") == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert len(error.splitlines()) == 1 and not (tmp_path / "latents").exists()
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def test_output_of_another_run_is_refused(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 0
+    before = store.parts(tmp_path / "latents" / "clips")
+    assert run("cache.known_variants=3") == 2
+    assert "was made with other settings (key of known: " in (error := capsys.readouterr().err)
+    assert "known_variants: 2 there, 3 now" in error
+    assert store.parts(tmp_path / "latents" / "clips") == before
+
+
+def test_foreign_folder_is_left_alone(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notes = tmp_path / "latents" / "clips" / "claims" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    assert run() == 2
+    assert "is not empty and was not made by wan-accel" in capsys.readouterr().err
+    assert notes.read_text() == "mine"
+
+
+def test_clips_of_another_schema(
+    run: Run, tmp_path: Path, rows: list[dict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_clips(tmp_path / "clips", rows[:1])
+    file = tmp_path / "clips" / store.RUN_FILE
+    file.write_text(file.read_text().replace(CLIPS_SCHEMA, "wan-accel/clips@2"))
+    assert run() == 2
+    assert "has schema 'wan-accel/clips@2', expected 'wan-accel/clips@1'" in capsys.readouterr().err
+
+
+def test_dry_run_says_the_bytes_and_writes_nothing(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split("GiB  ")[1].split(" (")[0] for line in lines if "GiB  " in line]
+    assert names == ["text", "latents", "pose_latents", "known", "reference", "motion_vectors", "in all"]
+    assert "GPU hours" in lines[-1]
+    assert not (tmp_path / "latents").exists()
+
+
+def test_estimate_is_what_is_written(run: Run, tmp_path: Path, rows: list[dict]) -> None:
+    write_clips(tmp_path / "clips", rows)
+    recipe = cache.load_recipe(str(tmp_path / "recipe.yaml"))
+    sizes = cache.Cache(recipe)._estimate()
+    assert run() == 0
+    stored = store.load(tmp_path / "latents" / "clips", LATENTS_SCHEMA)
+    for name in ("latents", "pose_latents"):
+        assert sizes[name] == sum(len(row[name]["data"]) for row in stored)
+    left = cache.Cache(recipe)._estimate()
+    assert set(left.values()) == {0}
+
+
+def test_small_disk_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert run() == 2
+    assert "GiB but 0.00 GiB are free: free some, or use another disk" in capsys.readouterr().err
+
+
+def test_recipe_without_clips(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("data.clips=null") == 2
+    assert "data.clips is missing" in capsys.readouterr().err
+
+
+def test_keys_follow_the_files_they_depend_on(checkpoint: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(checkpoint, copy)
+    before = condition_keys(ANIMATE, copy, known_variants=2)
+    assert before == condition_keys(ANIMATE, checkpoint, known_variants=2)
+    state = torch.load(copy / CLIP_FILE, weights_only=True)
+    torch.save({name: tensor + 1 for name, tensor in state.items()}, copy / CLIP_FILE)
+    (copy / "google/umt5-xxl/tokenizer.json").write_text("{}")
+    after = condition_keys(ANIMATE, copy, known_variants=3)
+    assert {name for name in before if before[name] != after[name]} == {"reference", "text", "known"}
+    (copy / ANIMATE.vae.file).unlink()
+    assert condition_keys(ANIMATE, copy, known_variants=3).keys() == {"text", "face"}
+
+
+@pytest.mark.launch
+def test_two_processes_share_the_work(run: Run, tmp_path: Path, rows: list[dict]) -> None:
+    write_clips(tmp_path / "clips", [clip_row(number) for number in range(6)])
+    config = Path(__file__).parents[1] / "recipes" / "accelerate" / "cpu_fsdp2.yaml"
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2",
+        "-m", "wan_accel.cache", str(tmp_path / "recipe.yaml"),
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    root = tmp_path / "latents"
+    assert clip_ids(root) == [f"square{number}" for number in range(6)]
+    assert len(LatentsDataset(root)) == 6
+    writers = {path.parent.name for path in store.parts(root / "text")}
+    assert writers == {"rank0", "rank1"}
