@@ -35,8 +35,9 @@ def main(folder: Path) -> int:
     times = [line.split("\t") for line in (folder / "times.tsv").read_text().splitlines()]
     made = {
         "tiny checkpoint": "model", "training clips": "clips", "driving clips": "drive",
-        "contact sheets": "sheets, sheets-drive", "cached conditions": "latents", "LoRA run": "lora (loss.png, metrics.jsonl)",
-        "full run": "full (loss.png, metrics.jsonl)", "exported LoRA": "lora.safetensors", "exported weights": "full-export",
+        "contact sheets": "sheets, sheets-drive", "cached conditions": "latents",
+        "LoRA run": "lora (loss.png, metrics.jsonl)", "full run": "full (loss.png, metrics.jsonl)",
+        "exported LoRA": "lora.safetensors", "exported weights": "full-export",
     }  # fmt: skip
     print(f"\n== summary\nEverything is in {folder}/:")
     for what, where in made.items():

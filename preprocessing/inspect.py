@@ -17,9 +17,14 @@ from wan_accel.data.schema import CLIPS_SCHEMA
 
 NUM_COLUMNS = 6
 _TILE_HEIGHT = 224
-_GAP, _LABEL_WIDTH, _HEADER_HEIGHT = 6, 104, 58
+_GAP, _LABEL_WIDTH, _HEADER_HEIGHT = 6, 112, 86
 _INK, _PALE, _PAPER = (24, 26, 30), (110, 115, 125), (250, 250, 248)
 _MASK_COLOR = np.array([230, 40, 90])
+_QUALITY = (  # figure, as it is called on a sheet, format
+    ("mean_keypoint_score", "key points", ".2f"), ("hand_score", "hands", ".2f"), ("visible_share", "visible", ".0%"),
+    ("face_size", "face", ".0f"), ("mask_area_mean", "mask", ".0%"), ("motion", "motion", ".3f"),
+    ("blur", "sharpness", ".0f"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -95,16 +100,38 @@ def sheet_rows(clip: Clip, steps: np.ndarray) -> list[SheetRow]:
 def _draw_header(
     draw: ImageDraw.ImageDraw, clip: Clip, row: Mapping[str, Any], steps: np.ndarray, column: int
 ) -> None:
-    caption = f"   “{row['caption']}”" if row["caption"] else ""
-    draw.text((10, 6), f"{clip.clip_id}  ({row.get('purpose') or 'no person'}){caption}", fill=_INK, font=_font(16))
-    wanted = ("mean_keypoint_score", "visible_share", "hand_score", "face_size", "mask_area_mean", "motion", "blur")
-    quality = [f"{name.replace('_', ' ')} {row['quality'][name]:.2f}" for name in wanted if row["quality"][name] is not None]
-    facts = f"{row['num_frames']} frames of {row['width']}x{row['height']}, {row['fps']:g} fps · {', '.join(quality)}"
-    draw.text((10, 27), facts, fill=_PALE, font=_font(11))
+    width = _LABEL_WIDTH + len(steps) * (column + _GAP) - 20
+    picture = f"{row['width']}x{row['height']}"
+    facts = [row.get("purpose"), f"{row['num_frames']} frames", picture, f"{row['fps']:g} fps"]
+    quality = [f"{label} {row['quality'][name]:{form}}" for name, label, form in _QUALITY if _is_known(row, name)]
+    lines = (
+        (clip.clip_id, _INK, 17),
+        (f"“{row['caption']}”" if row["caption"] else "no caption", _INK, 14),
+        (" · ".join(str(fact) for fact in (*facts, *quality) if fact), _PALE, 12),
+    )
+    top = 6
+    for text, color, size in lines:
+        draw.text((10, top), _shortened(text, width, size), fill=color, font=_font(size))
+        top += size + 6
     for number, step in enumerate(steps):
         seconds = row["timestamps"][step] - row["timestamps"][0]
         left = _LABEL_WIDTH + number * (column + _GAP)
         draw.text((left + 2, _HEADER_HEIGHT - 16), f"{seconds:.2f} s", fill=_PALE, font=_font(12))
+
+
+def _is_known(row: Mapping[str, Any], name: str) -> bool:
+    quality = row.get("quality")
+    return quality is not None and quality[name] is not None
+
+
+def _shortened(text: str, width: int, size: int) -> str:
+    """Cut a line off where the sheet ends."""
+    font = _font(size)
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + " …") > width:
+        text = text[:-1]
+    return text.rstrip() + " …"
 
 
 def _font(size: int) -> Any:

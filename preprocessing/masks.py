@@ -12,7 +12,8 @@ from preprocessing.types import WAN, Float, Frames, PoseMetas, PreprocessProfile
 from wan_accel.data.masks import Mask, block_augment, dilate
 
 __all__ = [
-    "Mask", "OnnxPersonSegmenter", "blacken", "block_augment", "dilate", "key_frames", "point_prompts", "segmenter_chunks",
+    "Mask", "OnnxPersonSegmenter", "blacken", "block_augment", "dilate", "key_frames", "point_prompts",
+    "segmenter_chunks",
 ]  # fmt: skip
 
 _PROMPT_POINTS = [0, 1, 2, 5, 8, 11, 10, 13]  # nose, neck, shoulders, hips, ankles

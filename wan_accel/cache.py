@@ -167,13 +167,7 @@ class Cache:
         Raises:
             ValueError: the output folder is another run's, the disk is full, or no clip could be encoded.
         """
-        if self.state.is_main_process:
-            for part in _FEATURES:
-                store.claim_output(self.root / part, schema=LATENTS_SCHEMA, settings=self.settings)
-            shutil.rmtree(self._claims, ignore_errors=True)  # of a run that was killed
-            self._claims.mkdir()
-            self._rejected.unlink(missing_ok=True)  # they are tried again
-        self.state.wait_for_everyone()
+        self._claim_output()
         self._encode_texts()
         self._encode_clips()
         self.state.wait_for_everyone()
@@ -182,7 +176,21 @@ class Cache:
             for part, features in _FEATURES.items():
                 store.refresh_state(self.root / part, features())
             self._encode_nulls()
-            self._summarise()
+        self.state.wait_for_everyone()
+        self._summarise()
+
+    def _claim_output(self) -> None:
+        """Check on every rank, so that every rank stops with the reason; the main one then clears the way."""
+        if (self.root / store.RUN_FILE).is_file():
+            raise ValueError(f"data.latents={self.root} is itself a dataset of wan-accel: give another folder")
+        for part in _FEATURES:
+            store.claim_output(self.root / part, schema=LATENTS_SCHEMA, settings=self.settings)
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            shutil.rmtree(self._claims, ignore_errors=True)  # of a run that was killed
+            self._claims.mkdir()
+            self._rejected.unlink(missing_ok=True)  # they are tried again
+        self.state.wait_for_everyone()
 
     @property
     def _claims(self) -> Path:
@@ -220,14 +228,17 @@ class Cache:
         bar = tqdm(total=len(todo), desc="clips", disable=not self.state.is_main_process)
         with self._writer("clips") as writer:
             for row in self._claim(todo):
-                bar.n = len(list(self._claims.iterdir()))  # of all ranks
-                bar.refresh()
+                if self.state.is_main_process:
+                    bar.update(len(os.listdir(self._claims)) - bar.n)  # of all ranks
                 content = self.clips[row]
                 try:
                     tensors = encoder.encode(load_clip(content), modes=content.get("modes") or [])
-                except ValueError as error:
+                except (ValueError, torch.OutOfMemoryError) as error:
                     self._reject(content["clip_id"], str(error))
                     continue
+                except BaseException:
+                    writer.flush()  # what is encoded is kept, whatever stops this rank
+                    raise
                 writer.write({**self._describe(content), **tensors})
         bar.close()
 
@@ -235,11 +246,19 @@ class Cache:
         return ClipEncoder(self.variant, self.checkpoint, known_variants=self.known_variants, device=self.state.device)
 
     def _claim(self, rows: list[int]) -> Iterator[int]:
-        """Yield the rows that this rank gets; a claim file made by `O_EXCL` belongs to one rank."""
-        for row in rows:
+        """Yield the rows that this rank gets; a claim file made by `O_EXCL` belongs to one rank.
+
+        Ranks begin far apart and take what slower ones have left, so that they seldom try the same row.
+        """
+        start = len(rows) * self.state.process_index // self.state.num_processes
+        taken: set[str] = set()
+        for row in rows[start:] + rows[:start]:
+            if str(row) in taken:
+                continue
             try:
                 os.close(os.open(self._claims / str(row), os.O_CREAT | os.O_EXCL))
             except FileExistsError:
+                taken = set(os.listdir(self._claims))
                 continue
             yield row
 

@@ -2,6 +2,7 @@
 
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -45,7 +46,9 @@ def inject_lora(model: nn.Module, settings: LoraSettings, variant: Variant) -> n
             f"use names such as {', '.join(variant.lora_targets)}"
         )
     model.requires_grad_(False)
-    config = LoraConfig(r=settings.r, lora_alpha=settings.lora_alpha, target_modules=names, init_lora_weights=False)
+    # peft annotates an int and computes with any number.
+    alpha: Any = settings.lora_alpha
+    config = LoraConfig(r=settings.r, lora_alpha=alpha, target_modules=names, init_lora_weights=False)
     is_meta = next(model.parameters()).is_meta
     inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=is_meta)
     for name, parameter in model.named_parameters():

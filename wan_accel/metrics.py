@@ -25,14 +25,15 @@ class MetricsCallback(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and logs:
             line = {"step": state.global_step, "time": round(time.time(), 3), **logs}
-            with (Path(args.output_dir) / "metrics.jsonl").open("a") as file:
+            with (Path(str(args.output_dir)) / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            plot_losses(Path(args.output_dir) / "metrics.jsonl", Path(args.output_dir) / "loss.png")
+            output = Path(str(args.output_dir))
+            plot_losses(output / "metrics.jsonl", output / "loss.png")
 
 
 def plot_losses(metrics: Path, picture: Path) -> None:

@@ -166,12 +166,12 @@ def resume_path(recipe: Recipe, args: WanTrainingArguments) -> str | None:
         ValueError: a named checkpoint is not complete, or the output_dir holds a run that is not to be resumed.
     """
     wanted = args.resume_from_checkpoint
-    newest = checkpoint.last_checkpoint(Path(args.output_dir))
+    newest = checkpoint.last_checkpoint(Path(str(args.output_dir)))
     if wanted in (None, False, "false", "never"):
         if newest is not None:
             raise ValueError(
-                f"training.output_dir={args.output_dir} holds checkpoints of another run ({newest.name}): choose another "
-                "folder, or set training.resume_from_checkpoint: auto to go on with it"
+                f"training.output_dir={args.output_dir} holds checkpoints of another run ({newest.name}): choose "
+                "another folder, or set training.resume_from_checkpoint: auto to go on with it"
             )
         return None
     if wanted == "auto" or wanted is True:
@@ -182,7 +182,7 @@ def resume_path(recipe: Recipe, args: WanTrainingArguments) -> str | None:
 
 def write_run_file(recipe: Recipe, args: WanTrainingArguments) -> None:
     """`run.json` (versions, layout) and `recipe.yaml` (resolved) in the output_dir."""
-    output = Path(args.output_dir)
+    output = Path(str(args.output_dir))
     output.mkdir(parents=True, exist_ok=True)
     (output / "recipe.yaml").write_text(to_yaml(recipe))
     run: dict[str, Any] = {
@@ -196,7 +196,7 @@ def write_run_file(recipe: Recipe, args: WanTrainingArguments) -> None:
 
 def run(trainer: WanTrainer, resume: str | None) -> int:
     """Train, evaluate and save the end; write `run_state.json` whatever happens."""
-    args, output = trainer.args, Path(trainer.args.output_dir)
+    args, output = trainer.args, trainer.output_dir
     set_seed(args.seed)
     try:
         trainer.train(resume_from_checkpoint=resume)

@@ -103,8 +103,8 @@ class WanTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset,  # type: ignore[arg-type]
-            eval_dataset=list(eval_draws) or None,  # type: ignore[arg-type]
+            train_dataset=train_dataset,
+            eval_dataset=list(eval_draws) or None,
             callbacks=[MetricsCallback(), *callbacks],
         )
         self.model_accepts_loss_kwargs = False
@@ -182,10 +182,10 @@ class WanTrainer(Trainer):
         assert self.optimizer is not None
         self.optimizer = AcceleratedOptimizer(self.optimizer, device_placement=False)
         self.accelerator._optimizers.append(self.optimizer)
-        self.accelerator._models.append(self.model)
+        self.accelerator._models.append(self._module)
         self.create_scheduler(num_training_steps=max_steps)
-        self.model_wrapped = self.model
-        return self.model
+        self.model_wrapped = self._module
+        return self._module
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -242,9 +242,9 @@ class WanTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write a complete checkpoint beside the others, then rename it into place. Collective."""
         step, is_main = self.state.global_step, self.args.should_save
-        folder = checkpoint.start(Path(self.args.output_dir), step, is_main=is_main)
+        folder = checkpoint.start(self.output_dir, step, is_main=is_main)
         if self.engine == "zero3":
-            self.model_wrapped.save_checkpoint(str(folder / "zero"), exclude_frozen_parameters=True)
+            self._engine.save_checkpoint(str(folder / "zero"), exclude_frozen_parameters=True)
         else:
             checkpoint.save_weights(folder, model, self._plain_optimizer)
         self._save_rng_state(str(folder))
@@ -262,7 +262,7 @@ class WanTrainer(Trainer):
                 "lora_alpha": self.lora.lora_alpha,
                 "target_modules": list(self.lora.target_modules),
             }
-        unwrapped = self.accelerator.unwrap_model(self.model)
+        unwrapped = self.accelerator.unwrap_model(self._module)
         shapes = {
             # Under ZeRO-3 a parameter is empty on its own and keeps its shape beside.
             name: list(getattr(parameter, "ds_shape", parameter.shape))
@@ -281,6 +281,21 @@ class WanTrainer(Trainer):
             ulysses=self.args.ulysses,
             trained=shapes,
         )
+
+    @property
+    def _engine(self) -> Any:
+        """DeepSpeed's engine under ZeRO-3."""
+        return self.model_wrapped
+
+    @property
+    def _module(self) -> nn.Module:
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
+    @property
+    def output_dir(self) -> Path:
+        assert self.args.output_dir is not None
+        return Path(self.args.output_dir)
 
     @property
     def _plain_optimizer(self) -> torch.optim.Optimizer:
@@ -314,7 +329,7 @@ class WanTrainer(Trainer):
                     f"{folder} was written by {saved.world_size} ZeRO-3 processes and cannot be resumed on "
                     f"{self.args.world_size}: start {saved.world_size}"
                 )
-            self.model_wrapped.load_checkpoint(str(folder / "zero"), load_module_strict=False)
+            self._engine.load_checkpoint(str(folder / "zero"), load_module_strict=False)
         else:
             checkpoint.load_weights(folder, model, self._plain_optimizer)
         assert self.lr_scheduler is not None
@@ -322,7 +337,7 @@ class WanTrainer(Trainer):
 
     # ---- validation ----
 
-    def evaluate(  # type: ignore[override]
+    def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Mean loss over the fixed draws, and that of predicting zero. Collective."""
@@ -339,7 +354,7 @@ class WanTrainer(Trainer):
         Every data rank takes every n-th draw; ranks whose share is shorter repeat the last with weight 0, as
         all ranks of a sharded model have to run the same number of forwards.
         """
-        model = self.model_wrapped if self.engine == "zero3" else self.model
+        model = self._engine if self.engine == "zero3" else self._module
         model.eval()
         rank, num_ranks = self.dims.data_rank(self.args.process_index), self.dims.num_data_ranks
         sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)

@@ -41,8 +41,8 @@ def rope_table(
     """Return cos and sin, each (L, head_dim / 2), for the L = f*h*w tokens of a latent grid.
 
     The head's D dims are split into 2*(D//6) for rows, as many for columns and the rest for frames
-    (wan/modules/model.py, `rope_params`, theta 1e4); angles are formed in fp64. One table a bucket stays on the device, so that a
-    step copies nothing from the host.
+    (wan/modules/model.py, `rope_params`, theta 1e4); angles are formed in fp64. One table a bucket stays on the
+    device, so that a step copies nothing from the host.
 
     Raises:
         ValueError: a side of the grid is over 1024 positions.

@@ -4,6 +4,8 @@ Each class adopts the children and parameters of the module it is made from, so 
 stay the original Wan names. Shapes: B batch, L tokens (of this rank), S text tokens, C model width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffsynth.models.wan_video_animate_adapter import FaceBlock
@@ -60,6 +62,14 @@ class CheckpointedModule(nn.Module):
 
 class WanBlock(CheckpointedModule):
     """One transformer block: self-attention, cross-attention to text (and CLIP image), feed-forward."""
+
+    self_attn: Any
+    cross_attn: Any
+    norm1: nn.Module
+    norm2: nn.Module
+    norm3: nn.Module
+    ffn: nn.Module
+    modulation: nn.Parameter
 
     def __init__(self, source: DiTBlock) -> None:
         super().__init__()
@@ -118,6 +128,14 @@ def add_gated(x: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
 class WanFaceBlock(CheckpointedModule):
     """Animate's face adapter: each token attends to the motion tokens of its own latent frame."""
 
+    linear1_q: nn.Module
+    linear1_kv: nn.Module
+    linear2: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+    pre_norm_feat: nn.Module
+    pre_norm_motion: nn.Module
+
     def __init__(self, source: FaceBlock) -> None:
         super().__init__()
         adopt(self, source)
@@ -145,6 +163,10 @@ class WanFaceBlock(CheckpointedModule):
 
 class WanHead(nn.Module):
     """The output layer: modulated norm, then a linear to patch pixels of the velocity."""
+
+    head: nn.Linear
+    norm: nn.Module
+    modulation: nn.Parameter
 
     def __init__(self, source: Head) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ Shapes: B batch, C latent channels, F latent frames (reference slot included), h
 L tokens, T video frames.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,17 @@ class WanDenoiser(nn.Module):
         text_length: text tokens that cross-attention sees, padding included.
     """
 
+    patch_embedding: nn.Conv3d
+    text_embedding: nn.Module
+    time_embedding: nn.Module
+    time_projection: nn.Module
+    img_emb: nn.Module
+    pose_patch_embedding: nn.Module
+    face_encoder: nn.Module
+    face_adapter: Any
+    motion_encoder: Any
+    head: WanHead
+
     def __init__(
         self,
         dit: WanModel,
@@ -51,6 +62,7 @@ class WanDenoiser(nn.Module):
         self.blocks = nn.ModuleList(WanBlock(block) for block in dit.blocks)
         self.head = WanHead(dit.head)
         for sequence in (self.time_embedding, self.time_projection):
+            assert isinstance(sequence, nn.Sequential)
             for index, layer in enumerate(sequence):
                 if isinstance(layer, nn.Linear):
                     sequence[index] = Fp32Linear(layer)
@@ -67,7 +79,7 @@ class WanDenoiser(nn.Module):
         self.text_length = text_length
         self.freq_dim: int = dit.freq_dim
         self.patch_size = tuple(dit.patch_size)
-        self.num_heads = cast(WanBlock, self.blocks[0]).num_heads
+        self.num_heads = self.transformer_blocks[0].num_heads
         self.head_dim: int = dit.dim // self.num_heads
         self.sequence_parallel: SequenceParallel | None = None
 
@@ -141,6 +153,11 @@ class WanDenoiser(nn.Module):
                 raise ValueError(f"WanDenoiser cannot take {name}: this checkpoint has no weights for it")
 
     @property
+    def transformer_blocks(self) -> list[WanBlock]:
+        """The blocks in order, with their type."""
+        return [cast(WanBlock, block) for block in self.blocks]
+
+    @property
     def _out_channels(self) -> int:
         patch_t, patch_h, patch_w = self.patch_size
         return self.head.head.out_features // (patch_t * patch_h * patch_w)
@@ -191,7 +208,7 @@ class WanDenoiser(nn.Module):
             span = self.sequence_parallel.span(num_tokens, tokens_per_frame)
             x = self.sequence_parallel.split(x, dim=1)
             cos, sin = (self.sequence_parallel.split(table, dim=0) for table in (cos, sin))
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self.transformer_blocks):
             if self.sequence_parallel is not None:
                 block.self_attn.attn.num_tokens = num_tokens
             x = block(x, context, modulation, cos, sin)
@@ -205,7 +222,7 @@ class WanDenoiser(nn.Module):
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
-def encode_motion(motion_encoder: nn.Module, faces: Tensor) -> Tensor:
+def encode_motion(motion_encoder: Any, faces: Tensor) -> Tensor:
     """Faces (B, 3, T, 512, 512) in [-1, 1] -> motion vectors (B, T, motion_dim), in chunks.
 
     diffsynth's `get_motion` uses reentrant checkpointing, under which the encoder never gets a gradient.
@@ -243,7 +260,7 @@ def inject_ulysses(model: WanDenoiser, group: torch.distributed.ProcessGroup) ->
         degrees = ", ".join(map(str, usable_degrees(model.num_heads)))
         raise ValueError(f"parallel.ulysses={parallel.size} does not divide num_heads={model.num_heads}: use {degrees}")
     model.sequence_parallel = parallel
-    for block in model.blocks:
+    for block in model.transformer_blocks:
         inner = SdpaAttention(model.num_heads // parallel.size)
         block.self_attn.attn = UlyssesAttention(inner, parallel, model.num_heads)
     return model

@@ -59,7 +59,7 @@ class CheckpointReader:
             missing = [name for name in names if not (self.folder / name).is_file()]
             if missing:
                 raise CheckpointError(
-                    f"{self.folder} lacks {', '.join(missing)} of {len(names)} files named in {index.name}: download them"
+                    f"{self.folder} lacks {', '.join(missing)} of {len(names)} files in {index.name}: download them"
                 )
             return [self.folder / name for name in names]
         paths = sorted(self.folder.glob("*.safetensors"))
@@ -271,7 +271,7 @@ class MergedReader(CheckpointReader):
         wrong = [name for name, (down, up) in deltas.items() if self.shapes.get(name) != (up.shape[0], down.shape[1])]
         if wrong:
             raise CheckpointError(
-                f"{len(wrong)} of {len(deltas)} LoRA layers do not fit {folder}, e.g. {wrong[0]}: it is for another model"
+                f"{len(wrong)} of {len(deltas)} LoRA layers do not fit {folder}, e.g. {wrong[0]}: it is for another one"
             )
         self.deltas = deltas
         self.scale = scale

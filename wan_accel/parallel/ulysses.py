@@ -98,7 +98,7 @@ class _GatherTokens(torch.autograd.Function):
         return out.transpose(0, 1)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         group = ctx.group  # type: ignore[attr-defined]
         grad = grad.transpose(0, 1).contiguous()
         out = grad.new_empty(grad.shape[0] // dist.get_world_size(group), *grad.shape[1:])
@@ -117,7 +117,7 @@ class _ExchangeChunks(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.contiguous()
         out = torch.empty_like(grad)
         dist.all_to_all_single(out, grad, group=ctx.group)  # type: ignore[attr-defined]

@@ -78,8 +78,8 @@ def _check_parallel(recipe: Recipe, world_size: int | None, num_heads: int | Non
     data_ranks, samples = world_size // ulysses, recipe.data.global_batch.samples
     if samples % data_ranks:
         problems.append(
-            f"data.global_batch.samples={samples} is not a multiple of the {data_ranks} data ranks ({world_size} processes "
-            f"/ ulysses {ulysses}): some would idle in every step; use {samples + -samples % data_ranks}"
+            f"data.global_batch.samples={samples} is not a multiple of the {data_ranks} data ranks ({world_size} "
+            f"processes / ulysses {ulysses}): some would idle in every step; use {samples + -samples % data_ranks}"
         )
     return problems
 

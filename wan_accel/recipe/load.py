@@ -103,14 +103,12 @@ def _pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _set(content: dict[str, Any], keys: Keys, value: Any) -> None:
-    *parents, leaf = keys
+    *parents, leaf = map(str, keys)
     for key in parents:
         child = content.get(key)
-        if not isinstance(child, dict):
-            child = {}
-        content[key] = child  # type: ignore[index]
-        content = child
-    content[leaf] = value  # type: ignore[index]
+        content[key] = child if isinstance(child, dict) else {}
+        content = content[key]
+    content[leaf] = value
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Keys, str], list[str]]:

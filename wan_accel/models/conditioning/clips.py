@@ -88,7 +88,12 @@ class ClipEncoder:
                 raise ValueError(
                     f"clip {clip.clip_id} has no {name.removesuffix('_rgb')}, which {self.variant.name} needs"
                 )
-        assert clip.reference_rgb is not None
+        assert clip.reference_rgb is not None and clip.faces_rgb is not None
+        if clip.faces_rgb.shape[1:3] != (FACE_SIZE, FACE_SIZE):
+            raise ValueError(
+                f"clip {clip.clip_id} has faces of {clip.faces_rgb.shape[1]}x{clip.faces_rgb.shape[2]} pixels, "
+                f"{self.variant.name} needs {FACE_SIZE}x{FACE_SIZE}: make the clip again"
+            )
         for name, hw in (("reference", clip.reference_rgb.shape[:2]), ("canvas of the poses", clip.canvas_hw)):
             if tuple(hw) != (height, width):
                 raise ValueError(
