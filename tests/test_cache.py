@@ -3,8 +3,10 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from tiny_clips import clip_row, write_clips
 
 from wan_accel import cache
 from wan_accel.data import store
+from wan_accel.data.clips import Clip
 from wan_accel.data.latents import LatentsDataset, cell_to_tensor
 from wan_accel.data.schema import CLIPS_SCHEMA, LATENTS_SCHEMA, clips_features
 from wan_accel.models.checkpoint_files import condition_keys
@@ -119,6 +122,67 @@ def test_broken_clip_is_left_out_with_its_reason(
     assert "square1 cannot be decoded" in reasons["square1"] and "has no faces" in reasons["square2"]
 
 
+def test_clip_too_large_for_the_memory_is_left_out(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _fail_on("square1", torch.OutOfMemoryError("CUDA out of memory"), monkeypatch)
+    assert run() == 0
+    assert clip_ids(tmp_path / "latents") == ["square0", "square2"]
+    rejected = json.loads((tmp_path / "latents" / "rejected.jsonl").read_text())
+    assert rejected == {"clip_id": "square1", "reason": "CUDA out of memory"}
+
+
+def test_interrupted_run_keeps_what_it_encoded(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _fail_on("square2", KeyboardInterrupt(), monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    root = tmp_path / "latents"
+    assert clip_ids(root) == ["square0", "square1"]
+    kept = store.parts(root / "clips")
+    monkeypatch.undo()
+    assert run() == 0
+    parts = store.parts(root / "clips")
+    assert {path: parts[path] for path in kept} == kept
+    assert clip_ids(root) == ["square0", "square1", "square2"] and not (root / "clips" / "claims").exists()
+
+
+def _fail_on(clip_id: str, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_clip = cache.load_clip
+
+    def load_or_fail(row: dict) -> Clip:
+        if row["clip_id"] == clip_id:
+            raise error
+        return load_clip(row)
+
+    monkeypatch.setattr(cache, "load_clip", load_or_fail)
+
+
+@pytest.mark.launch
+def test_killed_run_is_finished_by_the_next(run: Run, tmp_path: Path, rows: list[dict]) -> None:
+    write_clips(tmp_path / "clips", rows[:1])
+    assert run() == 0
+    root = tmp_path / "latents"
+    kept = store.parts(root / "clips")
+    large = [clip_row(number, num_frames=21, hw=(192, 192)) for number in (4, 5)]
+    with store.PartWriter(tmp_path / "clips", writer="writer1", features=clips_features()) as writer:
+        for row in large:
+            writer.write(row)
+    command = [sys.executable, "-m", "wan_accel.cache", str(tmp_path / "recipe.yaml")]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and not (root / "clips" / "claims" / "1").exists():
+            time.sleep(0.05)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert (root / "clips" / "claims" / "1").exists() and clip_ids(root) == ["square0"]
+    assert run() == 0
+    parts = store.parts(root / "clips")
+    assert {path: parts[path] for path in kept} == kept
+    assert clip_ids(root) == ["square0", "square4", "square5"]
+    assert not (root / "clips" / "claims").exists() and not list(root.glob("**/*.tmp"))
+
+
 def test_no_clip_at_all_is_an_error(
     run: Run, tmp_path: Path, rows: list[dict], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +232,12 @@ def test_output_of_another_run_is_refused(run: Run, tmp_path: Path, capsys: pyte
     assert "was made with other settings (key of known: " in (error := capsys.readouterr().err)
     assert "known_variants: 2 there, 3 now" in error
     assert store.parts(tmp_path / "latents" / "clips") == before
+
+
+def test_clips_are_no_output_folder(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"data.latents={tmp_path / 'clips'}") == 2
+    assert "is itself a dataset of wan-accel: give another folder" in capsys.readouterr().err
+    assert not (tmp_path / "clips" / "text").exists()
 
 
 def test_foreign_folder_is_left_alone(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

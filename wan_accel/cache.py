@@ -306,8 +306,9 @@ class Cache:
         done = len(store.ids(self.root / "clips", "clip_id"))
         if done == 0:
             raise ValueError(f"{self.root}: no clip could be encoded; the reasons are in {self._rejected}")
-        left_out = f"; {self._rejected} says why the others were not" if done < len(self.clips) else ""
-        logger.info("%s: %d of %d clips encoded%s", self.root, done, len(self.clips), left_out)
+        if self.state.is_main_process:
+            left_out = f"; {self._rejected} says why the others were not" if done < len(self.clips) else ""
+            logger.info("%s: %d of %d clips encoded%s", self.root, done, len(self.clips), left_out)
 
 
 def _clips_settings(path: Path) -> str:

@@ -51,6 +51,12 @@ def test_replacement_mask_is_the_originals(contract: dict[str, np.ndarray], fram
     assert torch.equal(packed, mask)
 
 
+def test_reference_slot_has_the_originals_mask(contract: dict[str, np.ndarray]) -> None:
+    latents = torch.rand(16, 1, 2, 3)
+    condition = join_condition(latents, torch.zeros(4, 20, 2, 3), torch.rand(16, 20, 2, 3))
+    np.testing.assert_array_equal(condition[:4, :1].numpy(), contract["mask_ref"])
+
+
 def test_known_pixels_of_animation_are_grey_behind_the_guidance() -> None:
     frames = torch.rand(3, 9, 16, 16) - 0.5
     known = known_pixels(frames, None, KnownVariant(mode="animation", guidance_frames=5))

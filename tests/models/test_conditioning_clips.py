@@ -121,6 +121,7 @@ def test_text_to_video_needs_no_more_than_the_video(tmp_path: Path, clip: Clip) 
     [
         ({"faces_rgb": None}, "square0 has no faces, which animate-14b needs"),
         ({"pose_keypoints": None}, "square0 has no pose_keypoints"),
+        ({"faces_rgb": np.zeros((9, 256, 256, 3), np.uint8)}, "faces of 256x256 pixels, animate-14b needs 512x512"),
         ({"canvas_hw": (64, 64)}, "canvas of the poses is 64x64 pixels, its video 48x32"),
         ({"reference_rgb": np.zeros((32, 32, 3), np.uint8)}, "reference is 32x32 pixels, its video 48x32"),
         ({"frames_rgb": np.zeros((9, 40, 32, 3), np.uint8)}, "is 40x32 pixels: animate-14b needs multiples of 16"),

@@ -200,7 +200,8 @@ def test_original_animate() -> None:
         np.testing.assert_allclose(tokens[0].numpy(), golden["face_encoder_out"].reshape(3, 5, 64), atol=1e-4)
         out = denoiser(
             rnd(11, 16, 4, 4, 6)[None], torch.tensor([700.0]), F_pad(rnd(15, 5, 24), 8),
-            condition=rnd(12, 20, 4, 4, 6)[None], pose_latents=rnd(13, 1, 16, 3, 4, 6), clip_features=rnd(14, 1, 257, 1280), motion_vectors=motion,
+            condition=rnd(12, 20, 4, 4, 6)[None], pose_latents=rnd(13, 1, 16, 3, 4, 6),
+            clip_features=rnd(14, 1, 257, 1280), motion_vectors=motion,
         )  # fmt: skip
     np.testing.assert_allclose(out[0].numpy(), golden["out"].reshape(out[0].shape), atol=1e-4)
 
