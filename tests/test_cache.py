@@ -163,7 +163,7 @@ def test_killed_run_is_finished_by_the_next(run: Run, tmp_path: Path, rows: list
     assert run() == 0
     root = tmp_path / "latents"
     kept = store.parts(root / "clips")
-    large = [clip_row(number, num_frames=21, hw=(192, 192)) for number in (4, 5)]
+    large = [clip_row(number, num_frames=9, hw=(64, 64)) for number in (4, 5)]
     with store.PartWriter(tmp_path / "clips", writer="writer1", features=clips_features()) as writer:
         for row in large:
             writer.write(row)
@@ -323,3 +323,6 @@ def test_two_processes_share_the_work(run: Run, tmp_path: Path, rows: list[dict]
     assert len(LatentsDataset(root)) == 6
     writers = {path.parent.name for path in store.parts(root / "text")}
     assert writers == {"rank0", "rank1"}
+    command.append("cache.known_variants=3")
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=300)
+    assert result.returncode != 0 and "was made with other settings (key of known: " in result.stderr

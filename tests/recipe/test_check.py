@@ -1,0 +1,67 @@
+"""Cross rules, on every shipped recipe and on layouts that do not fit."""
+
+from pathlib import Path
+
+import pytest
+
+from wan_accel.recipe.check import check, read_engine
+from wan_accel.recipe.load import load_recipe, recipes_folder, shipped_recipes
+
+ENGINES = {
+    "ddp": "ddp", "fsdp2": "fsdp2", "hsdp": "hsdp", "zero3": "zero3", "cpu_ddp": "ddp", "cpu_fsdp2": "fsdp2",
+    "cpu_zero3": "zero3",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_is_sound(name: str) -> None:
+    recipe = load_recipe(name)
+    processes = recipe.parallel.ulysses * (1 if name.startswith("demo/") else 2)
+    assert check(recipe, world_size=processes) == []
+
+
+def test_every_shipped_engine_is_read() -> None:
+    files = {path.stem: path for path in recipes_folder().glob("accelerate/*.yaml")}
+    assert {name: read_engine(path) for name, path in files.items()} == ENGINES
+
+
+def test_all_problems_at_once() -> None:
+    recipe = load_recipe(
+        "t2v-a14b/full",
+        ["parallel.ulysses=3", "model.expert=null", "model.torch_dtype=bfloat16", "data.face_dropout=0.1",
+         "data.latents=s3://bucket/latents", "model.checkpoint=/nowhere"],
+    )  # fmt: skip
+    problems = check(recipe, world_size=8)
+    for expected in (
+        "model.expert is missing: t2v-a14b has high and low",
+        "data.face_dropout=0.1: t2v-a14b has no face input",
+        "parallel.ulysses=3 does not divide num_heads=40 (t2v-a14b): use 1, 2, 4, 5, 8, 10",
+        "parallel.ulysses=3 does not divide the 8 processes",
+        "data.latents=s3://bucket/latents is remote",
+        "model.torch_dtype=bfloat16 with method.kind=full",
+    ):
+        assert any(expected in problem for problem in problems), expected
+    assert len(problems) == 6
+
+
+def test_batch_and_variants() -> None:
+    recipe = load_recipe("animate-14b/lora", ["data.global_batch.samples=6"])
+    assert check(recipe, world_size=16) == [
+        "data.global_batch.samples=6 is not a multiple of the 4 data ranks (16 processes / ulysses 4): some would idle "
+        "in every step; use 8"
+    ]
+    assert check(load_recipe("animate-14b/lora", ["variant=animate"]))[0].startswith("variant 'animate' is not known")
+    later = load_recipe("t2v-1.3b/lora", ["variant=ti2v-5b"])
+    assert check(later) == ["variant=ti2v-5b cannot be trained yet: use animate-14b, t2v-a14b, t2v-1.3b"]
+
+
+def test_engines_that_are_not_supported(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 2}\n")
+    with pytest.raises(ValueError, match="zero_stage=2 is not supported yet"):
+        read_engine(path)
+    path.write_text("distributed_type: FSDP\nfsdp_config: {fsdp_version: 1}\n")
+    with pytest.raises(ValueError, match="only fsdp_version: 2"):
+        read_engine(path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_engine(tmp_path / "none.yaml")
