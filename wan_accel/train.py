@@ -20,7 +20,6 @@ from wan_accel.metrics import write_run_state
 from wan_accel.models.checkpoint_files import condition_keys
 from wan_accel.models.loading import CheckpointReader, default_expert, dit_folder
 from wan_accel.models.variants import get_variant
-from wan_accel.objective import NoiseLevels
 from wan_accel.parallel.cpu import enable_fsdp_on_cpu
 from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.recipe.arguments import training_arguments
@@ -29,7 +28,7 @@ from wan_accel.recipe.commandline import parse_overrides, recipe_parser
 from wan_accel.recipe.load import load_recipe, to_yaml
 from wan_accel.recipe.schema import Recipe
 from wan_accel.step_plan import SampleDraw, StepPlan, fixed_draws, split_groups
-from wan_accel.trainer import WanTrainer
+from wan_accel.trainer import WanTrainer, default_plan
 
 logger = logging.getLogger("wan_accel")
 _VERSIONS = ("wan-accel", "torch", "accelerate", "deepspeed", "transformers", "datasets", "peft", "diffsynth")
@@ -75,7 +74,8 @@ def build_trainer(recipe: Recipe, reader: CheckpointReader | None = None) -> Wan
     source = LatentsDataset(Path(recipe.data.latents))
     checkpoint_folder = Path(recipe.model.checkpoint)
     folder = dit_folder(checkpoint_folder, variant, expert)
-    source.check_keys(condition_keys(variant, checkpoint_folder, known_variants=recipe.cache.known_variants))
+    keys = condition_keys(variant, checkpoint_folder, known_variants=recipe.cache.known_variants)
+    source.check_keys(keys)
     plan, eval_draws = plan_data(recipe, args, source, expert)
     model = assemble(
         variant,
@@ -97,7 +97,7 @@ def build_trainer(recipe: Recipe, reader: CheckpointReader | None = None) -> Wan
         eval_draws=eval_draws,
     )
     if args.should_save:
-        write_run_file(recipe, args)
+        write_run_file(recipe, args, keys)
     return trainer
 
 
@@ -140,17 +140,7 @@ def plan_data(
     """
     index, row = source.index(), get_variant(recipe.variant).expert(expert)
     train_rows, eval_rows = split_groups(source.group_ids, fraction=recipe.data.eval.fraction, seed=args.seed)
-    plan = StepPlan(
-        index,
-        seed=args.seed,
-        global_batch=args.global_batch,
-        micro_batch=args.micro_batch,
-        levels=NoiseLevels(density=args.density, shift=args.shift),
-        experts=(row,),
-        caption_dropout=args.caption_dropout,
-        face_dropout=args.face_dropout,
-        rows=train_rows,
-    )
+    plan = default_plan(source, args, row, train_rows)
     if not recipe.validation.every_steps:
         return plan, []
     if not eval_rows:
@@ -180,8 +170,8 @@ def resume_path(recipe: Recipe, args: WanTrainingArguments) -> str | None:
     return str(wanted)
 
 
-def write_run_file(recipe: Recipe, args: WanTrainingArguments) -> None:
-    """`run.json` (versions, layout) and `recipe.yaml` (resolved) in the output_dir."""
+def write_run_file(recipe: Recipe, args: WanTrainingArguments, keys: dict[str, str]) -> None:
+    """`run.json` (versions, layout, keys of the cached conditions) and `recipe.yaml` (resolved) in the output_dir."""
     output = Path(str(args.output_dir))
     output.mkdir(parents=True, exist_ok=True)
     (output / "recipe.yaml").write_text(to_yaml(recipe))
@@ -190,6 +180,7 @@ def write_run_file(recipe: Recipe, args: WanTrainingArguments) -> None:
         "world_size": args.world_size,
         "ulysses": args.ulysses,
         "engine": launched_engine(),
+        "dataset_keys": keys,
     }
     (output / "run.json").write_text(json.dumps(run, indent=1))
 

@@ -35,8 +35,8 @@ from wan_accel.data.collate import MicroBatch, SampleSource, StepDataset, collat
 from wan_accel.lora import LoraSettings
 from wan_accel.metrics import MetricsCallback, peak_gib
 from wan_accel.models.denoiser import WanDenoiser, inject_ulysses
-from wan_accel.models.variants import Variant
-from wan_accel.objective import add_noise, loss_weight, per_sample_mse, step_loss, velocity
+from wan_accel.models.variants import Expert, Variant
+from wan_accel.objective import NoiseLevels, add_noise, loss_weight, per_sample_mse, step_loss, velocity
 from wan_accel.parallel.engine import detect_engine
 from wan_accel.parallel.fsdp import assert_sharded, fully_shard_denoiser
 from wan_accel.parallel.mesh import ParallelDims
@@ -68,7 +68,7 @@ class WanTrainer(Trainer):
             a plain one, equal on all ranks, is sharded here.
         args: arguments; `max_steps` or `num_train_epochs` end the run.
         train_dataset: cached conditions (`LatentsDataset`).
-        plan: what each step does. Its global batch must be that of `args`.
+        plan: what each step does; by default over all rows, from `args`.
         variant: the row of the variants table.
         expert: the expert that is trained.
         lora: the LoRA's settings, None for full training.
@@ -87,7 +87,7 @@ class WanTrainer(Trainer):
         model: WanDenoiser,
         args: WanTrainingArguments,
         train_dataset: SampleSource,
-        plan: StepPlan,
+        plan: StepPlan | None = None,
         *,
         variant: Variant,
         expert: str = "default",
@@ -96,6 +96,7 @@ class WanTrainer(Trainer):
         eval_draws: Sequence[SampleDraw] = (),
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
+        plan = plan or default_plan(train_dataset, args, variant.expert(expert))
         # Trainer's own skipping would read every batch again; the step sampler starts at the right step.
         args.ignore_data_skip = True
         if args.max_steps <= 0:
@@ -392,6 +393,23 @@ class WanTrainer(Trainer):
         # Trainer sees one endless epoch, as the step sampler has no length.
         self.state.epoch = round(self.state.global_step / self.plan.steps_per_epoch, 4)
         super().log(logs, start_time)
+
+
+def default_plan(
+    source: SampleSource, args: WanTrainingArguments, expert: Expert, rows: Sequence[int] | None = None
+) -> StepPlan:
+    """The step plan that the arguments describe, over `rows` or all of them."""
+    return StepPlan(
+        source.index(),
+        seed=args.seed,
+        global_batch=args.global_batch,
+        micro_batch=args.micro_batch,
+        levels=NoiseLevels(density=args.density, shift=args.shift),
+        experts=(expert,),
+        caption_dropout=args.caption_dropout,
+        face_dropout=args.face_dropout,
+        rows=rows,
+    )
 
 
 class _Interval:

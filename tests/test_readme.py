@@ -1,0 +1,54 @@
+"""The README's commands are commands: they parse, and name recipes, configs and files that exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from preprocessing import cli as preprocess_cli
+from wan_accel import cli
+from wan_accel.recipe.check import read_engine
+from wan_accel.recipe.load import load_recipe
+
+ROOT = Path(__file__).parents[1]
+
+
+def commands() -> list[list[str]]:
+    """Indented lines of the README that start with a command, continuation lines joined."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    starts = ("wan-accel ", "wan-preprocess ", "accelerate launch ", "python -m wan_accel")
+    lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    return [shlex.split(line) for line in lines if line.startswith(starts)]
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: " ".join(command)[:60])
+def test_command(command: list[str]) -> None:
+    program, *arguments = command
+    if program == "wan-preprocess":
+        preprocess_cli._parser().parse_args(arguments)
+    elif program == "wan-accel":
+        cli._parser().parse_args(arguments)
+    else:
+        module = arguments.index("-m")
+        assert (ROOT / f"{arguments[module + 1].replace('.', '/')}.py").is_file()
+        rest = [item for item in arguments[module + 3 :] if "=" in item]
+        load_recipe(arguments[module + 2], rest)
+        if "--config_file" in arguments:
+            read_engine(ROOT / arguments[arguments.index("--config_file") + 1])
+
+
+def test_there_are_commands_and_pictures() -> None:
+    assert len(commands()) >= 12
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"\]\((docs/images/[^)]+)\)", text):
+        assert (ROOT / path).is_file(), path
+
+
+def test_the_demo_runs_the_readmes_commands() -> None:
+    script = (ROOT / "demo" / "run.sh").read_text()
+    for command in commands()[:8]:
+        words = [
+            word for word in command if word.startswith(("wan_accel.", "demo/animate", "animate", "inspect", "export"))
+        ]
+        assert all(word in script for word in words), command
