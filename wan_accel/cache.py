@@ -28,7 +28,7 @@ from wan_accel.models.conditioning.text import NULL_PROMPTS, caption_id, encode_
 from wan_accel.models.encoders import load_text_encoder
 from wan_accel.models.variants import TEXT_LENGTH, get_variant
 from wan_accel.recipe.check import check
-from wan_accel.recipe.commandline import parse_overrides, recipe_parser
+from wan_accel.recipe.commandline import log_on_main_rank, parse_overrides, recipe_parser
 from wan_accel.recipe.load import load_recipe
 from wan_accel.recipe.schema import Recipe
 
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = recipe_parser("Encode a clips dataset into a latents folder.")
     parser.add_argument("--dry-run", action="store_true", help="print sizes and stop")
     arguments = parse_overrides(parser, argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_on_main_rank()
     try:
         cache = Cache(load_recipe(arguments.recipe, arguments.overrides))
         if arguments.dry_run and cache.state.is_main_process:

@@ -24,7 +24,7 @@ from wan_accel.parallel.cpu import enable_fsdp_on_cpu
 from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.recipe.arguments import training_arguments
 from wan_accel.recipe.check import check
-from wan_accel.recipe.commandline import parse_overrides, recipe_parser
+from wan_accel.recipe.commandline import log_on_main_rank, parse_overrides, recipe_parser
 from wan_accel.recipe.load import load_recipe, to_yaml
 from wan_accel.recipe.schema import Recipe
 from wan_accel.step_plan import SampleDraw, StepPlan, fixed_draws, split_groups
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = recipe_parser("Train a recipe.")
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
     arguments = parse_overrides(parser, argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_on_main_rank()
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         if arguments.print_config:

@@ -128,7 +128,8 @@ class WanDenoiser(nn.Module):
         x = self.head(x, time_embedding)
         if self.sequence_parallel is not None:
             x = self.sequence_parallel.gather(x, grid[0] * grid[1] * grid[2])
-        return upcast(self._unpatchify(x, grid))
+        # A copy: FSDP2 hangs its hook on the output, and an in-place operation on a view would drop it.
+        return upcast(self._unpatchify(x, grid)).clone()
 
     def _check_inputs(
         self,

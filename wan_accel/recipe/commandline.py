@@ -1,6 +1,8 @@
 """The command line that train, cache and evaluate share: a recipe and overrides. Torch-free."""
 
 import argparse
+import logging
+import os
 from collections.abc import Sequence
 
 
@@ -20,3 +22,9 @@ def parse_overrides(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
     arguments, overrides = parser.parse_known_args(argv)
     arguments.overrides = overrides
     return arguments
+
+
+def log_on_main_rank() -> None:
+    """Log information on the main rank, warnings on all."""
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
