@@ -8,16 +8,8 @@ import numpy as np
 
 from preprocessing.heatmaps import decode_heatmaps
 from preprocessing.onnx_model import OnnxModel
-from preprocessing.types import (
-    DRAWING_THRESHOLD,
-    WAN,
-    Float,
-    Frames,
-    Int,
-    PoseMetas,
-    PreprocessProfile,
-    check_frames,
-)
+from preprocessing.types import WAN, Float, Frames, Int, PoseMetas, PreprocessProfile, check_frames
+from wan_accel.data.skeleton import DRAWING_THRESHOLD
 
 NUM_KEYPOINTS = 133
 _MEAN_RGB = np.array([0.485, 0.456, 0.406])  # float64: the last bit of the input decides what networks that

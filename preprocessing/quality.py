@@ -5,7 +5,8 @@ import numpy as np
 
 from preprocessing.masks import Mask
 from preprocessing.pose import metas_from_keypoints
-from preprocessing.types import DRAWING_THRESHOLD, Float, Frames, Int
+from preprocessing.types import Float, Frames, Int
+from wan_accel.data.skeleton import DRAWING_THRESHOLD
 
 _NUM_BODY = 17
 _HANDS = slice(91, 133)

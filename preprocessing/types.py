@@ -10,9 +10,6 @@ Float = NDArray[np.floating[Any]]
 Int = NDArray[np.integer[Any]]
 Frames = NDArray[np.uint8]  # (T, H, W, 3) RGB
 
-BODY, LEFT_HAND, RIGHT_HAND = slice(0, 20), slice(20, 41), slice(41, 62)  # rows of a 62-point pose
-DRAWING_THRESHOLD = 0.5  # points that score less are not drawn
-
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class FrameBatch:

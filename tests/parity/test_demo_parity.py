@@ -19,8 +19,9 @@ from preprocessing.pose import (
 )
 from preprocessing.retarget import fit_retargeting, retarget
 from preprocessing.skeleton import draw_pose
-from preprocessing.types import BODY, LEFT_HAND, RIGHT_HAND, FrameBatch
+from preprocessing.types import FrameBatch
 from preprocessing.video import decode_frames, probe
+from wan_accel.data.skeleton import BODY, LEFT_HAND, RIGHT_HAND
 
 NAMES = sorted(p.stem for p in DEMO_GOLDENS.glob("*.npz"))
 VIDEOS = [name for name in NAMES if "_retarget_" not in name]

@@ -5,7 +5,7 @@ from preprocess_goldens import UPSTREAM, arrays, picture
 from preprocessing.detection import decode_people, select_person
 from preprocessing.heatmaps import decode_heatmaps, modulate
 from preprocessing.pose import crops_of_boxes, metas_from_keypoints, pose62_from_metas, pose_input
-from preprocessing.types import BODY, LEFT_HAND, RIGHT_HAND
+from wan_accel.data.skeleton import BODY, LEFT_HAND, RIGHT_HAND
 
 PARTS = {
     "body": ("kps_body", BODY),

@@ -7,7 +7,7 @@ from preprocess_goldens import GOLDENS, UPSTREAM, arrays, picture, reference_met
 from preprocessing.pose import hide_low_scores
 from preprocessing.retarget import fit_retargeting, retarget
 from preprocessing.skeleton import LIMBS, draw_pose
-from preprocessing.types import BODY, LEFT_HAND, RIGHT_HAND
+from wan_accel.data.skeleton import BODY, LEFT_HAND, RIGHT_HAND
 
 PREFIX = "11_retarget_"
 CASES = sorted(

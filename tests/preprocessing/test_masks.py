@@ -6,8 +6,9 @@ import pytest
 from preprocessing.detection import PersonDetector
 from preprocessing.masks import OnnxPersonSegmenter, blacken, block_augment, dilate, key_frames, point_prompts
 from preprocessing.pose import WholeBodyPose, metas_from_keypoints, pose62
-from preprocessing.types import BODY, PROFILES, PoseMetas
+from preprocessing.types import PROFILES, PoseMetas
 from preprocessing.video import decode_frames
+from wan_accel.data.skeleton import BODY
 
 DEMO = Path(__file__).parents[2] / "demo"
 

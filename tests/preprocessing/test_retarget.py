@@ -3,7 +3,8 @@ import pytest
 
 from preprocessing.retarget import fit_retargeting, retarget, template_frame
 from preprocessing.skeleton import LIMBS
-from preprocessing.types import LEFT_HAND, PROFILES, RIGHT_HAND, PoseMetas
+from preprocessing.types import PROFILES, PoseMetas
+from wan_accel.data.skeleton import LEFT_HAND, RIGHT_HAND
 
 UPSTREAM = PROFILES["upstream"]
 WIDTH = HEIGHT = 400

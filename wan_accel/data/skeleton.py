@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 Float = NDArray[np.floating]
 Frames = NDArray[np.uint8]
 
-# Rows of the 62 points that are drawn.
-BODY, LEFT_HAND, RIGHT_HAND = slice(0, 20), slice(20, 41), slice(41, 62)
-DRAWING_THRESHOLD = 0.5
+BODY, LEFT_HAND, RIGHT_HAND = slice(0, 20), slice(20, 41), slice(41, 62)  # rows of a 62-point pose
+DRAWING_THRESHOLD = 0.5  # points that score less are not drawn
 
 # Pairs of the 20 body points, starting at the neck so that every parent comes before its children.
 LIMBS = (

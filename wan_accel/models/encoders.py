@@ -4,7 +4,7 @@ Sizes come from tensor shapes, so tiny checkpoints in the original layout load a
 Shapes: B batch, T video frames, F latent frames, H x W pixels, h x w latents, L tokens.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from wan_accel.models.loading import (
     MOTION_ENCODER,
     CheckpointError,
     CheckpointReader,
+    compare_tensors,
     dit_folder,
     fill_parameters,
 )
@@ -202,7 +203,7 @@ def load_motion_encoder(
     # Blur kernels are constants that the original does not store; `fill_parameters` computes them.
     wanted = {n: s for n, s in wanted.items() if n in reader.shapes or not n.endswith(".kernel")}
     found = {name: shape for name, shape in reader.shapes.items() if name.startswith(MOTION_ENCODER)}
-    _compare(wanted, found, reader.folder)
+    compare_tensors(wanted, found, reader.folder)
     holder.to_empty(device=device)
     fill_parameters(holder, reader, seed=0)
     return encoder.eval().requires_grad_(False)
@@ -227,24 +228,6 @@ def _load(
             f"{path} has no tensor {prefix}{missing.args[0]}: it is not the file of that name in a Wan checkpoint"
         ) from None
     wanted = {prefix + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    _compare(wanted, {prefix + name: shape for name, shape in shapes.items()}, path)
+    compare_tensors(wanted, {prefix + name: shape for name, shape in shapes.items()}, path)
     model.load_state_dict(state, assign=True)
     return model.to(device=device, dtype=torch_dtype).eval().requires_grad_(False)
-
-
-def _compare(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: Path) -> None:
-    """List every missing, unknown and mis-shaped tensor in one error."""
-    problems = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in found]
-    problems += [f"unknown {name} {shape}" for name, shape in found.items() if name not in wanted]
-    problems += [
-        f"{name} has shape {found[name]}, expected {shape}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
-        more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
-        listed = "\n  ".join(problems[:20])
-        raise CheckpointError(
-            f"{source} does not fit the model ({len(problems)} tensors): "
-            f"use the file of the released checkpoint\n  {listed}{more}"
-        )

@@ -1,7 +1,7 @@
 """Read a Wan DiT from safetensors files, whole or only the slices that a rank holds."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -133,19 +133,25 @@ def build_denoiser(variant: Variant, reader: CheckpointReader, *, with_motion_en
 
 
 def _compare(model: WanDenoiser, reader: CheckpointReader) -> None:
-    """List every missing, unknown and mis-shaped tensor in one error."""
     # Under zero.Init a parameter is empty and keeps its whole shape beside.
     wanted = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
-    found = reader.shapes
     without_motion = not hasattr(model, "motion_encoder")
+    found = {
+        name: shape for name, shape in reader.shapes.items() if not (without_motion and name.startswith(MOTION_ENCODER))
+    }
+    compare_tensors(wanted, found, reader.folder)
+
+
+def compare_tensors(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: Path) -> None:
+    """Compare the tensors that a model has with those of a checkpoint; constants may be missing.
+
+    Raises:
+        CheckpointError: every missing, unknown and mis-shaped tensor at once.
+    """
     problems = [
         f"missing {name} {shape}" for name, shape in wanted.items() if name not in found and not _is_constant(name)
     ]
-    problems += [
-        f"unknown {name} {found[name]}"
-        for name in found
-        if name not in wanted and not (without_motion and name.startswith(MOTION_ENCODER))
-    ]
+    problems += [f"unknown {name} {shape}" for name, shape in found.items() if name not in wanted]
     problems += [
         f"{name} has shape {found[name]}, expected {shape}"
         for name, shape in wanted.items()
@@ -154,7 +160,10 @@ def _compare(model: WanDenoiser, reader: CheckpointReader) -> None:
     if problems:
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
         listed = "\n  ".join(problems[:20])
-        raise CheckpointError(f"{reader.folder} does not fit the model ({len(problems)} tensors):\n  {listed}{more}")
+        raise CheckpointError(
+            f"{source} does not fit the model ({len(problems)} tensors): use the file of the released checkpoint\n"
+            f"  {listed}{more}"
+        )
 
 
 def _is_constant(name: str) -> bool:
