@@ -44,6 +44,13 @@ def launched_engine() -> Engine:
     return "fsdp2" if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" else "ddp"
 
 
+def launched_replicas() -> int:
+    """HSDP's number of replicas that the launcher asks for (accelerate's parallelism_config), 1 without it."""
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+        return 1
+    return int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "1"))
+
+
 def assemble(
     variant: Variant,
     reader: CheckpointReader,

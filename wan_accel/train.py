@@ -13,7 +13,7 @@ from transformers import set_seed
 
 from wan_accel import checkpoint
 from wan_accel.arguments import WanTrainingArguments
-from wan_accel.assemble import Techniques, assemble, launched_engine
+from wan_accel.assemble import Techniques, assemble, launched_engine, launched_replicas
 from wan_accel.data.latents import LatentsDataset
 from wan_accel.lora import LoraSettings
 from wan_accel.metrics import write_run_state
@@ -82,7 +82,9 @@ def build_trainer(recipe: Recipe, reader: CheckpointReader | None = None) -> Wan
         reader or CheckpointReader(folder),
         techniques(recipe, args.seed),
         engine=launched_engine(),
-        dims=ParallelDims(world_size=args.world_size, ulysses=args.ulysses),
+        dims=ParallelDims(
+            world_size=args.world_size, ulysses=args.ulysses, dp_replicate=launched_replicas()
+        ),
         device=device,
     )
     trainer = WanTrainer(

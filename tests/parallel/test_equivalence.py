@@ -120,6 +120,7 @@ LAYOUTS = {
     "fsdp2-2-ulysses-2": ("fsdp2", 2, 2),
     "zero3-2-ulysses-2": ("zero3", 2, 2),
     "fsdp2-4-ulysses-2": ("fsdp2", 4, 2),
+    "hsdp-2x2-ulysses-2": ("hsdp", 4, 2),
 }
 _SINGLE: dict[tuple[str, str], dict[str, Any]] = {}
 
@@ -154,9 +155,11 @@ def test_layouts_are_one_run(variant: str, method: str, layout: str, tmp_path: P
         assert result["gradients"].keys() == expected["gradients"].keys()
         assert_close_by_norm(result["gradients"], expected["gradients"], 1e-5)
         assert_close_by_norm(result["weights"], expected["weights"], weight_bound)
-    if engine == "fsdp2":
+    if engine in ("fsdp2", "hsdp"):
         whole = sum(weight.numel() for weight in expected["weights"].values())
-        assert max(result["local_elements"] for result in results) <= 1.1 * whole / world_size
+        shards = 2 if engine == "hsdp" else world_size
+        assert max(result["local_elements"] for result in results) <= 1.1 * whole / shards
+        assert sum(result["local_elements"] for result in results) == whole * world_size // shards
 
 
 def assert_close_by_norm(

@@ -6,7 +6,7 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from wan_accel.models.denoiser import WanDenoiser
@@ -69,6 +69,8 @@ def _refuse_unhonoured(plugin: FullyShardedDataParallelPlugin) -> None:
         raise ValueError(
             f"fsdp_version={plugin.fsdp_version} is not supported: set fsdp_version: 2 in the accelerate config"
         )
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError("fsdp_offload_params: true is not available yet: use more GPUs, or ZeRO-3 with offload")
     for field, (unset, advice) in _NOT_HONOURED.items():
         value = getattr(plugin, field)
         if value and value != unset:
