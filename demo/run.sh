@@ -39,6 +39,8 @@ step "train full (ZeRO-3)" accelerate launch --config_file "$zero3" --num_proces
   -m wan_accel.train demo/animate_full
 step "export LoRA" wan-accel export $out/lora --layout diffsynth --output $out/lora.safetensors
 step "export full" wan-accel export $out/full --layout original --output $out/full-export
-step "reload LoRA" bash -c "python -m wan_accel.evaluate demo/animate_lora parallel.ulysses=1 --lora $out/lora.safetensors > $out/reloaded-lora.json"
-step "reload full" bash -c "python -m wan_accel.evaluate demo/animate_full model.checkpoint=$out/full-export > $out/reloaded-full.json"
+step "reload LoRA" python -m wan_accel.evaluate demo/animate_lora parallel.ulysses=1 --lora $out/lora.safetensors \
+  --output $out/reloaded-lora.json
+step "reload full" python -m wan_accel.evaluate demo/animate_full model.checkpoint=$out/full-export \
+  --output $out/reloaded-full.json
 python demo/summary.py $out

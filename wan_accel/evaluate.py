@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print the loss as one line of JSON; returns the exit code."""
     parser = recipe_parser("Print the fixed-noise loss of weights on a recipe's data as one line of JSON.")
     parser.add_argument("--lora", type=Path, help="an exported LoRA, merged into the base weights")
+    parser.add_argument("--output", type=Path, help="write the JSON to this file as well")
     arguments = parse_overrides(parser, argv)
     logging.basicConfig(level=logging.WARNING)
     try:
@@ -31,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if metrics:
         sys.stdout.write(json.dumps(metrics) + "\n")
+        if arguments.output is not None:
+            arguments.output.write_text(json.dumps(metrics) + "\n")
     return 0
 
 

@@ -193,7 +193,8 @@ def run(trainer: WanTrainer, resume: str | None) -> int:
     set_seed(args.seed)
     try:
         trainer.train(resume_from_checkpoint=resume)
-        if trainer.eval_draws and trainer.state.log_history[-1].get("eval_loss") is None:
+        evaluated = {line["step"] for line in trainer.state.log_history if "eval_loss" in line}
+        if trainer.eval_draws and trainer.state.global_step not in evaluated:
             trainer.evaluate()
         if checkpoint.last_checkpoint(output) != output / f"checkpoint-{trainer.state.global_step}":
             trainer._save_checkpoint(trainer.model_wrapped)
