@@ -13,7 +13,7 @@ demo: install
 	PATH="$(BIN):$$PATH" bash demo/run.sh
 
 test: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest $(PYTEST_ARGS)
 
 lint: install
 	$(BIN)/ruff check .
