@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1] / "tests" / "parallel")]
 
-from ranks import run_ranks
-from test_equivalence import LAYOUTS, NUM_STEPS, train
+from ranks import run_ranks  # noqa: E402  (found through the path set above)
+from test_equivalence import LAYOUTS, NUM_STEPS, train  # noqa: E402
 
 CASES = [("animate-14b", "full"), ("animate-14b", "lora"), ("t2v-1.3b", "full")]
 
@@ -16,12 +16,15 @@ def worst(found: dict, expected: dict) -> float:
     """The largest error of a tensor relative to its norm, or to a hundredth of the largest norm if that is more."""
     largest = max(value.norm().item() for value in expected.values())
     return max(
-        (found[name] - value).norm().item() / max(value.norm().item(), 1e-2 * largest) for name, value in expected.items()
+        (found[name] - value).norm().item() / max(value.norm().item(), 1e-2 * largest)
+        for name, value in expected.items()
     )
 
 
 def main() -> None:
-    print(f"| variant, method | layout | losses of {NUM_STEPS} steps | gradients of step 1 | weights | elements a rank |")
+    print(
+        f"| variant, method | layout | losses of {NUM_STEPS} steps | gradients of step 1 | weights | elements a rank |"
+    )
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for variant, method in CASES:
