@@ -168,7 +168,9 @@ class Cache:
             ValueError: the output folder is another run's, the disk is full, or no clip could be encoded.
         """
         self._claim_output()
-        self._encode_texts()
+        captions = self._captions_todo()
+        self.state.wait_for_everyone()  # all ranks have the same list before one of them shortens it
+        self._encode_texts(captions)
         self._encode_clips()
         self.state.wait_for_everyone()
         if self.state.is_main_process:
@@ -205,8 +207,8 @@ class Cache:
         name = f"rank{self.state.process_index}"
         return store.PartWriter(self.root / part, writer=name, features=_FEATURES[part]())
 
-    def _encode_texts(self) -> None:
-        mine = self._captions_todo()[self.state.process_index :: self.state.num_processes]
+    def _encode_texts(self, captions: list[str]) -> None:
+        mine = captions[self.state.process_index :: self.state.num_processes]
         if not mine:
             return
         encoder = load_text_encoder(self.checkpoint, torch_dtype=STORED, device=self.state.device)
