@@ -24,7 +24,8 @@ install: $(READY)
 	@test "$$(cat $(VENV)/checkout 2>/dev/null)" = "$(CURDIR)" || \
 	  { $(BIN)/pip install -q --no-deps --no-build-isolation -e . && echo "$(CURDIR)" > $(VENV)/checkout; }
 
-$(READY): constraints.txt setup.cfg pyproject.toml
+# No prerequisites: a fresh clone's files are new, and the key in the name tells whether they changed.
+$(READY):
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"

@@ -162,6 +162,27 @@ def test_output_of_another_run(root: Path, tmp_path: Path, capsys: pytest.Captur
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
 
+def test_full_disk(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk fills up between two checkpoints, then before the start."""
+    run = tmp_path / "run"
+    arguments = [str(root / "recipe.yaml"), f"training.output_dir={run}", "training.save_steps=2"]
+    usage = shutil.disk_usage(tmp_path)
+
+    def filling(path: Path) -> object:
+        return usage._replace(free=1000 if (run / "checkpoint-2").exists() else usage.free)
+
+    monkeypatch.setattr(shutil, "disk_usage", filling)
+    assert train.main(arguments) == 2  # behind the progress bar
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: training.output_dir={run}: a checkpoint needs")
+    assert checkpoint.complete_checkpoints(run) == [run / "checkpoint-2"]
+    state = json.loads((run / "run_state.json").read_text())
+    assert (state["state"], state["step"]) == ("failed", 4)
+    assert "GiB are free. Free some" in fails(arguments, capsys)
+    monkeypatch.undo()
+    assert train.main(arguments) == 0
+    assert checkpoint.last_checkpoint(run) == run / "checkpoint-6"
+
+
 @pytest.mark.launch
 def test_world_size_that_does_not_fit(root: Path) -> None:
     done = launch("cpu_fsdp2.yaml", "wan_accel.train", str(root / "recipe.yaml"), "parallel.ulysses=3")

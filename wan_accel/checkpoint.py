@@ -8,6 +8,7 @@ checkpoint-<step>/
 """
 
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -32,6 +33,14 @@ FORMAT = "wan-accel/checkpoint@1"
 MANIFEST = "manifest.json"
 # Frozen base weights of a LoRA run are in the released checkpoint already.
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+# fp32 weights and AdamW's two moments; the rest of a checkpoint is small.
+_BYTES_PER_ELEMENT = 12
+
+
+class NoSpaceError(ValueError):
+    """The disk cannot hold another checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +90,22 @@ def last_checkpoint(output_dir: Path) -> Path | None:
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def check_space(output_dir: Path, trained: dict[str, list[int]]) -> None:
+    """Check that the disk holds a checkpoint of these tensors, before anything is written.
+
+    Raises:
+        NoSpaceError: it does not. Checkpoints that are there already are untouched.
+    """
+    needed = _BYTES_PER_ELEMENT * sum(math.prod(shape) for shape in trained.values())
+    existing = next(path for path in (output_dir, *output_dir.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise NoSpaceError(
+            f"training.output_dir={output_dir}: a checkpoint needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB "
+            "are free. Free some and run the same command again: it goes on from the newest complete checkpoint"
+        )
 
 
 def start(output_dir: Path, step: int, *, is_main: bool) -> Path:

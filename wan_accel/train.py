@@ -46,11 +46,16 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.write(to_yaml(recipe))
             return 0
         trainer = build_trainer(recipe)
+        trainer.check_space()
         resume = resume_path(recipe, trainer.args)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    return run(trainer, resume)
+    try:
+        return run(trainer, resume)
+    except checkpoint.NoSpaceError as error:
+        sys.stderr.write(f"\nerror: {error}\n")  # the progress bar is on the line above
+        return 2
 
 
 def build_trainer(recipe: Recipe, reader: CheckpointReader | None = None) -> WanTrainer:

@@ -243,6 +243,7 @@ class WanTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write a complete checkpoint beside the others, then rename it into place. Collective."""
         step, is_main = self.state.global_step, self.args.should_save
+        self.check_space()
         folder = checkpoint.start(self.output_dir, step, is_main=is_main)
         if self.engine == "zero3":
             self._engine.save_checkpoint(str(folder / "zero"), exclude_frozen_parameters=True)
@@ -254,6 +255,10 @@ class WanTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
             self.state.save_to_json(str(folder / "trainer_state.json"))
         checkpoint.commit(folder, self._manifest(step), keep=self.args.save_total_limit, is_main=is_main)
+
+    def check_space(self) -> None:
+        """Raise NoSpaceError unless the disk holds another checkpoint. Every rank looks at the same disk."""
+        checkpoint.check_space(self.output_dir, self._manifest(0).trained)
 
     def _manifest(self, step: int) -> Manifest:
         lora = None
