@@ -72,7 +72,7 @@ def build_trainer(recipe: Recipe, reader: CheckpointReader | None = None) -> Wan
     problems = check(recipe, world_size=int(os.environ.get("WORLD_SIZE", "1")), engine=launched_engine())
     if problems:
         raise ValueError("\n".join([f"{len(problems)} problems in the recipe:", *problems]))
-    args = WanTrainingArguments(**{**training_arguments(recipe), **_cpu_arguments()})
+    args = WanTrainingArguments(**{**training_arguments(recipe), **_launch_arguments()})
     device = args.device  # sets the process group up
     variant = get_variant(recipe.variant)
     expert = recipe.model.expert or default_expert(variant)
@@ -108,15 +108,22 @@ def build_trainer(recipe: Recipe, reader: CheckpointReader | None = None) -> Wan
     return trainer
 
 
-def _cpu_arguments() -> dict[str, Any]:
-    """What TrainingArguments need to be told where there is no GPU.
+def _launch_arguments() -> dict[str, Any]:
+    """What TrainingArguments need to be told of the launch.
 
-    DeepSpeed is the exception: accelerate leaves it out of a job that says it uses the CPU.
+    Under DeepSpeed they have to repeat the accelerate config's precision, and must not say that a job without a GPU
+    uses the CPU: accelerate would leave DeepSpeed out.
     """
-    if torch.cuda.is_available():
-        return {}
-    backend = {"ddp_backend": "gloo"} if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}
-    return backend if launched_engine() == "zero3" else {**backend, "use_cpu": True}
+    is_zero3 = launched_engine() == "zero3"
+    arguments: dict[str, Any] = {}
+    if is_zero3 and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
+        arguments["bf16"] = True
+    if not torch.cuda.is_available():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            arguments["ddp_backend"] = "gloo"
+        if not is_zero3:
+            arguments["use_cpu"] = True
+    return arguments
 
 
 def techniques(recipe: Recipe, seed: int) -> Techniques:
