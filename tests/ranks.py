@@ -24,6 +24,13 @@ LAUNCH_ENV = {
         "FSDP_VERSION": "2",
         "FSDP_RESHARD_AFTER_FORWARD": "true",
     },
+    "fsdp2-bf16": {
+        "ACCELERATE_USE_CPU": "true",
+        "ACCELERATE_USE_FSDP": "true",
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "FSDP_VERSION": "2",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+    },
     "hsdp": {
         "ACCELERATE_USE_CPU": "true",
         "ACCELERATE_USE_FSDP": "true",

@@ -177,3 +177,14 @@ def test_micro_batch_does_not_change_the_run(tmp_path: Path) -> None:
     expected = single("t2v-1.3b", "full", tmp_path / "single")
     torch.testing.assert_close(result["losses"], expected["losses"], rtol=1e-5, atol=1e-6)
     assert_close_by_norm(result["weights"], expected["weights"], 1e-5)
+
+
+def test_bf16_computes_in_bf16_and_keeps_fp32_masters(tmp_path: Path) -> None:
+    options = {"world_size": 2, "engine": "fsdp2"}
+    results = run_ranks(train, 2, "animate-14b", "full", 1, str(tmp_path), options, engine="fsdp2-bf16")
+    expected = single("animate-14b", "full", tmp_path / "single")
+    for result in results:
+        assert result["losses"] == pytest.approx(expected["losses"], rel=2e-2)
+        assert result["losses"] != pytest.approx(expected["losses"], rel=1e-5)
+        assert {weight.dtype for weight in result["weights"].values()} == {torch.float32}
+        assert {gradient.dtype for gradient in result["gradients"].values()} == {torch.float32}
