@@ -7,6 +7,10 @@ BIN := $(VENV)/bin
 KEY := $(shell cat constraints.txt setup.cfg pyproject.toml | sha256sum | cut -c1-16)
 READY := $(VENV)/ready-$(KEY)
 
+# DeepSpeed builds one small extension at its first CPU run. Two environments that share the default folder build it
+# again in turns, and wait for each other's locks.
+export TORCH_EXTENSIONS_DIR := $(VENV)/torch_extensions
+
 .PHONY: demo test lint install clean
 
 demo: install
