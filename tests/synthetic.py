@@ -45,6 +45,10 @@ class SyntheticSource:
         shapes = list(VIDEO)
         self.buckets = tuple(shapes[row % 3 == 2] for row in range(NUM_ROWS))
 
+    @property
+    def keys(self) -> dict[str, str]:
+        return {}
+
     def index(self) -> DatasetIndex:
         return DatasetIndex(buckets=self.buckets, num_known=(0,) * NUM_ROWS)
 

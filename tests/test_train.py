@@ -156,10 +156,12 @@ def test_bad_input(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture) ->
 def test_output_of_another_run(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = [str(root / "recipe.yaml"), f"training.output_dir={tmp_path / 'run'}", "training.max_steps=3"]
     assert train.main(arguments) == 0
-    before = sorted(path.name for path in (tmp_path / "run").iterdir())
-    message = fails([*arguments, "training.resume_from_checkpoint=never"], capsys)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    message = fails([*arguments, "training.resume_from_checkpoint=never", "training.learning_rate=9"], capsys)
     assert "holds checkpoints of another run" in message
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+    assert evaluate.main([*arguments, "training.learning_rate=9"]) == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+    assert sorted(checkpoint.complete_checkpoints(tmp_path / "run")) == [tmp_path / "run" / "checkpoint-3"]
 
 
 def test_full_disk(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

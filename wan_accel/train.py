@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         trainer = build_trainer(recipe)
         trainer.check_space()
         resume = resume_path(recipe, trainer.args)
+        if trainer.args.should_save:  # only now: a run that is refused must not touch another one's folder
+            write_run_file(recipe, trainer.args, trainer.source.keys)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -79,33 +81,30 @@ def build_trainer(recipe: Recipe, reader: CheckpointReader | None = None) -> Wan
     source = LatentsDataset(Path(recipe.data.latents))
     checkpoint_folder = Path(recipe.model.checkpoint)
     folder = dit_folder(checkpoint_folder, variant, expert)
-    keys = condition_keys(variant, checkpoint_folder, known_variants=recipe.cache.known_variants)
-    source.check_keys(keys)
+    source.check_keys(condition_keys(variant, checkpoint_folder, known_variants=recipe.cache.known_variants))
     plan, eval_draws = plan_data(recipe, args, source, expert)
+    applied = techniques(recipe, args.seed)
     model = assemble(
         variant,
         reader or CheckpointReader(folder),
-        techniques(recipe, args.seed),
+        applied,
         engine=launched_engine(),
         dims=ParallelDims(
             world_size=args.world_size, ulysses=args.ulysses, dp_replicate=launched_replicas()
         ),
         device=device,
     )
-    trainer = WanTrainer(
+    return WanTrainer(
         model,
         args,
         source,
         plan,
         variant=variant,
         expert=expert,
-        lora=techniques(recipe, args.seed).lora,
+        lora=applied.lora,
         base=recipe.model.checkpoint,
         eval_draws=eval_draws,
     )
-    if args.should_save:
-        write_run_file(recipe, args, keys)
-    return trainer
 
 
 def _launch_arguments() -> dict[str, Any]:

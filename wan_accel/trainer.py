@@ -213,21 +213,21 @@ class WanTrainer(Trainer):
         return total
 
     def _micro_loss(self, model: nn.Module, batch: MicroBatch, num_samples: int) -> Tensor:
-        per_sample, _ = self._sample_losses(model, batch)
+        predicted, target = self._predict(model, batch)
+        per_sample = per_sample_mse(predicted, target)
         weight = batch["weight"].to(per_sample.device) * loss_weight(
             batch["sigma"].to(per_sample.device), self.args.weighting, self.args.shift
         )
         return step_loss(per_sample, weight, num_samples, self.dims.num_data_ranks)
 
-    def _sample_losses(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Per-sample loss (B,) fp32 and, beside it, that of predicting zero."""
+    def _predict(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Predicted and true velocity (B, C, F, h, w) fp32 of a micro-batch."""
         device = self.accelerator.device
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         latents, noise, sigma = batch["latents"].float(), batch["noise"].float(), batch["sigma"]
         inputs = {name: value for name, value in batch.items() if name not in _NOT_INPUTS}
         predicted = model(add_noise(latents, noise, sigma), 1000.0 * sigma, **inputs)
-        target = velocity(latents, noise)
-        return per_sample_mse(predicted, target), per_sample_mse(torch.zeros_like(target), target)
+        return predicted, velocity(latents, noise)
 
     def _tokens_of(self, batch: MicroBatch) -> int:
         _, _, frames, height, width = batch["latents"].shape
@@ -367,8 +367,9 @@ class WanTrainer(Trainer):
         for start in range(0, len(draws), num_ranks):
             is_filler = start + rank >= len(draws)
             batch = collate(self.source, [draws[min(start + rank, len(draws) - 1)]])
-            loss, zero = self._sample_losses(model, batch)
+            predicted, target = self._predict(model, batch)
             if not is_filler:
+                loss, zero = per_sample_mse(predicted, target), per_sample_mse(torch.zeros_like(target), target)
                 sums += torch.stack([loss.sum(), zero.sum()]).double()
         if isinstance(model, FSDPModule):
             model.reshard()  # the root stays gathered after a forward without a backward

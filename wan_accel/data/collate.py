@@ -16,6 +16,10 @@ MicroBatch = dict[str, Tensor]
 class SampleSource(Protocol):
     """Cached conditions that can be drawn from, e.g. `LatentsDataset`."""
 
+    @property
+    def keys(self) -> dict[str, str]:
+        """What the conditions were made with, recorded with a run."""
+
     def index(self) -> DatasetIndex:
         """What the step plan has to know of every sample."""
 

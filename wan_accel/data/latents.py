@@ -95,6 +95,11 @@ class LatentsDataset:
     def clip_ids(self) -> list[str]:
         return list(self._columns["clip_id"])
 
+    @property
+    def keys(self) -> dict[str, str]:
+        """What each kind of condition was made with (`condition_keys`); the same for all rows of a folder."""
+        return {name: key for name, key in self._clips.select_columns(["keys"])[0]["keys"].items() if key is not None}
+
     def index(self) -> DatasetIndex:
         """Buckets and known-variant counts for the step plan."""
         shapes = zip(self._columns["num_frames"], self._columns["height"], self._columns["width"])

@@ -1,7 +1,7 @@
 """Read a Wan DiT from safetensors files, whole or only the slices that a rank holds."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -256,11 +256,6 @@ def load_wan(
     model.to_empty(device=device)
     fill_parameters(model, reader, seed=0)
     return model
-
-
-def frozen_names(model: nn.Module) -> Iterator[str]:
-    """Names of the parameters that are not trained."""
-    return (name for name, parameter in model.named_parameters() if not parameter.requires_grad)
 
 
 class MergedReader(CheckpointReader):
