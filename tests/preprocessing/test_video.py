@@ -3,20 +3,23 @@ import io
 import math
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
+from preprocessing.encoding import PRESETS
 from preprocessing.types import FrameBatch
 from preprocessing.video import (
     UserVideoError,
     decode_frames,
-    decode_mp4,
     encode_mp4,
     probe,
     psnr_db,
     sample_indices,
     sample_indices_by_time,
+    stream_frames,
 )
+from wan_accel.data.clips import decode_mp4
 
 VIDEOS = Path(__file__).parents[2] / "demo/videos"
 
@@ -74,8 +77,22 @@ def test_a_file_cut_short_is_named(tmp_path):
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(UserVideoError, match=r"cut\.mp4: its header announces 90 frames.*cut short"):
         probe(path)
-    with pytest.raises(UserVideoError, match=r"cut\.mp4: frames 0\.\.\d+ do not decode.*damaged"):
-        decode_frames(path)
+    with pytest.raises(UserVideoError, match="cut short"):
+        stream_frames(path, [0])
+
+
+def test_a_damaged_frame_is_named_after_the_good_ones(tmp_path):
+    path = tmp_path / "damaged.mp4"
+    data = bytearray((VIDEOS / "original_vp9_head.mp4").read_bytes())
+    with av.open(str(VIDEOS / "original_vp9_head.mp4")) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][20]
+        data[packet.pos : packet.pos + 8] = bytes(8)
+    path.write_bytes(data)
+    good = []
+    with pytest.raises(UserVideoError, match=r"damaged\.mp4: frame \d+ of 30 does not decode.*re-encode it"):
+        for batch in stream_frames(path, range(30), chunk_frames=1):
+            good += list(batch.frames_rgb)
+    np.testing.assert_array_equal(good, decode_frames(VIDEOS / "original_vp9_head.mp4", range(20)).frames_rgb)
 
 
 def test_a_frame_beyond_the_end_is_an_error():
@@ -138,8 +155,21 @@ def test_encoded_footage_keeps_every_frame_at_42_db(video):
     data, settings = encode_mp4(frames, 30)
     assert psnr_db(decode_mp4(data), frames) >= 42
     assert settings["psnr_db"] == pytest.approx(psnr_db(decode_mp4(data), frames), abs=1e-3)
-    assert settings["crf"] == 12
+    assert (settings["crf"], settings["preset"]) == (14, "superfast")  # the first try suffices
     assert len(data) < frames.nbytes / 20
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_reaches_42_db_at_its_first_crf(preset):
+    frames = decode_frames(VIDEOS / "two_people.mp4", range(7)).frames_rgb
+    data, settings = encode_mp4(frames, 30, preset=preset)
+    assert settings["crf"] == PRESETS[preset][0][0]
+    assert psnr_db(decode_mp4(data), frames) >= 42
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ValueError, match="preset='slow': use one of ultrafast, superfast, medium"):
+        encode_mp4(noise_frames(1), 30, preset="slow")
 
 
 def test_what_is_encoded_decodes_alike_from_a_file(tmp_path):
@@ -154,8 +184,6 @@ def test_what_is_encoded_decodes_alike_from_a_file(tmp_path):
 
 
 def test_encoded_video_says_how_its_colours_are_meant():
-    import av
-
     data, _ = encode_mp4(np.full((2, 1080, 64, 3), (200, 30, 90), np.uint8), 30)
     with av.open(io.BytesIO(data)) as container:
         context = container.streams.video[0].codec_context
@@ -167,7 +195,7 @@ def test_noise_gets_the_quality_it_needs():
     frames = noise_frames()
     data, settings = encode_mp4(frames, 30)
     assert psnr_db(decode_mp4(data), frames) >= 42
-    assert settings["crf"] < 12
+    assert settings["crf"] < 14
 
 
 def test_encoding_is_deterministic():
