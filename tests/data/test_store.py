@@ -125,7 +125,7 @@ def test_two_processes_write_at_once(tmp_path):
 
 
 def test_a_writer_that_finishes_between_reading_and_writing_the_state_is_not_lost(root, monkeypatch):
-    original, pending = store._write_json, [range(3, 6)]
+    original, pending = store.write_json, [range(3, 6)]
 
     def write_json(path: Path, content: object) -> None:
         if path.name == "state.json" and pending:
@@ -133,7 +133,7 @@ def test_a_writer_that_finishes_between_reading_and_writing_the_state_is_not_los
         original(path, content)
 
     write(root, range(3))
-    monkeypatch.setattr(store, "_write_json", write_json)
+    monkeypatch.setattr(store, "write_json", write_json)
     store.refresh_state(root, FEATURES)
     assert not pending and numbers_of(root) == [0, 1, 2, 3, 4, 5]
 

@@ -16,12 +16,12 @@ NUM_WHOLEBODY_POINTS = 133
 NUM_POSE_POINTS = 62
 QUALITY = (
     "mean_keypoint_score", "visible_share", "hand_score", "face_size", "mask_area_mean", "mask_area_jitter", "motion",
-    "blur", "track_switches",
+    "luma_change", "blur", "track_switches",
 )  # fmt: skip
 # Animate's columns; datasets for text- and image-to-video have the schema without them.
 ANIMATE_COLUMNS = (
-    "reference", "reference_source", "purpose", "modes", "boxes", "keypoints", "pose_keypoints", "canvas_height",
-    "canvas_width", "face_boxes", "face_video", "mask",
+    "reference", "reference_source", "purpose", "modes", "boxes", "keypoints", "keypoints_3d", "pose_keypoints",
+    "canvas_height", "canvas_width", "face_boxes", "face_video", "mask",
 )  # fmt: skip
 
 
@@ -46,7 +46,8 @@ def clips_features(*, animate: bool = True) -> "Features":
     """Columns of `wan-accel/clips@1`, one row a clip. Absent values are null.
 
     `keypoints` are pixels of `video`, `pose_keypoints` pixels of the canvas (`canvas_height` x `canvas_width`): the
-    reference's size for `drive` clips, that of `video` otherwise.
+    reference's size for `drive` clips, that of `video` otherwise. `keypoints_3d` (x, y, z, score) is null where the
+    pose network gives no depth.
     """
     from datasets import Array2D, Array3D, Features, Image, Sequence, Value, Video
 
@@ -70,6 +71,7 @@ def clips_features(*, animate: bool = True) -> "Features":
         "modes": Sequence(Value("string")),
         "boxes": Array2D((None, 5), "float32"),
         "keypoints": Array3D((None, NUM_WHOLEBODY_POINTS, 3), "float32"),
+        "keypoints_3d": Array3D((None, NUM_WHOLEBODY_POINTS, 4), "float32"),
         "pose_keypoints": Array3D((None, NUM_POSE_POINTS, 3), "float32"),
         "canvas_height": Value("int32"),
         "canvas_width": Value("int32"),

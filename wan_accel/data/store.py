@@ -10,7 +10,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,11 +38,15 @@ class StoreError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sidecar:
-    """What a finished part holds. Its existence is what makes a part count."""
+    """What a finished part holds. Its existence is what makes a part count.
+
+    `journal` is the writer's own record of what the rows come from: it counts exactly when they do.
+    """
 
     rows: int
     bytes: int
     xxh64: str
+    journal: dict[str, Any] | None = None
 
 
 def claim_output(root: Path, *, schema: str, settings: dict[str, Any]) -> None:
@@ -73,7 +77,7 @@ def claim_output(root: Path, *, schema: str, settings: dict[str, Any]) -> None:
     if root.is_dir() and any(not path.name.startswith(RUN_FILE) for path in root.iterdir()):
         raise StoreError(f"{root} is not empty and was not made by wan-accel: choose another output folder")
     root.mkdir(parents=True, exist_ok=True)
-    _write_json(path, wanted)
+    write_json(path, wanted)
 
 
 def settings_hash(settings: dict[str, Any]) -> str:
@@ -81,12 +85,21 @@ def settings_hash(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Replace a JSON file at once; each write has its own temporary file, also across machines."""
+    _replace(path, json.dumps(content, indent=1))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Replace a text file at once."""
+    _replace(path, "".join(f"{line}\n" for line in lines))
+
+
+def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.{uuid4().hex[:8]}.tmp")
     try:
         with _full_disk(path), temporary.open("w") as file:
-            json.dump(content, file, indent=1)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -160,10 +173,14 @@ class PartWriter:
         return self.folder / f"data-{self._number:05}.arrow"
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row; it is on disk when its part is finished. Columns that it lacks are null."""
+        """Append a row; it is on disk when its part is finished. Columns that it lacks are null.
+
+        So are arrays that are nan: `datasets` reads a null array of unknown length back as that.
+        """
         if unknown := sorted(row.keys() - self.features.keys()):
             raise StoreError(f"a row has columns that {self.root} does not have: {', '.join(unknown)}")
-        encoded = self.features.encode_example({name: row.get(name) for name in self.features})
+        values = {name: _or_null(row.get(name), kind) for name, kind in self.features.items()}
+        encoded = self.features.encode_example(values)
         self._rows.append(encoded)
         self._buffered += _size(encoded)
         if self._buffered >= BATCH_BYTES or len(self._rows) >= BATCH_ROWS:
@@ -174,32 +191,50 @@ class PartWriter:
     def _write_batch(self) -> None:
         if not self._rows:
             return
-        from datasets.arrow_writer import ArrowWriter
-
         with _full_disk(self._part):
-            if self._file is None:
-                self._file = self._part.with_name(self._part.name + ".tmp").open("wb")
-                self._stream = ArrowWriter(stream=pa.PythonFile(self._file), features=self.features)
+            self._open()
             for row in self._rows:
                 self._stream.write(row)
             self._stream.write_examples_on_file()
         self._written_rows += len(self._rows)
         self._rows, self._buffered = [], 0
 
-    def flush(self) -> None:
-        """Finish the part: every row written so far is safe, and visible to `load_from_disk`, when this returns."""
-        self._write_batch()
+    def _open(self) -> IO[bytes]:
+        """The part's file; opened with the first rows, or for a part without any."""
         if self._file is None:
+            from datasets.arrow_writer import ArrowWriter
+
+            with _full_disk(self._part):
+                self._file = self._part.with_name(self._part.name + ".tmp").open("wb")
+                self._stream = ArrowWriter(stream=pa.PythonFile(self._file), features=self.features)
+        return self._file
+
+    @property
+    def unfinished_bytes(self) -> int:
+        """Bytes written and buffered since the last part was finished."""
+        return self._buffered + (self._file.tell() if self._file is not None else 0)
+
+    def flush(self, journal: dict[str, Any] | None = None) -> None:
+        """Finish the part: every row written so far is safe, and visible to `load_from_disk`, when this returns.
+
+        `journal` goes into the part's sidecar; with one, a part without rows is written too.
+        """
+        self._write_batch()
+        if self._file is None and journal is None:
             return
-        temporary = Path(self._file.name)
+        file = self._open()
+        temporary = Path(file.name)
         with _full_disk(self._part):
             self._stream.finalize(close_stream=False)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-        sidecar = Sidecar(rows=self._written_rows, bytes=temporary.stat().st_size, xxh64=_hash_file(temporary))
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        sidecar = Sidecar(
+            rows=self._written_rows, bytes=temporary.stat().st_size, xxh64=_hash_file(temporary), journal=journal
+        )
         temporary.rename(self._part)
-        _write_json(_sidecar_path(self._part), asdict(sidecar))
+        content = {key: value for key, value in asdict(sidecar).items() if value is not None}
+        write_json(_sidecar_path(self._part), content)
         self._number += 1
         self._file = self._stream = None
         self._written_rows = 0
@@ -218,6 +253,12 @@ class PartWriter:
                 self._file.close()
             Path(self._file.name).unlink(missing_ok=True)
             self._file = self._stream = None
+
+
+def _or_null(value: Any, kind: Any) -> Any:
+    """A column's value; None for a nan that stands for an array."""
+    is_nan = isinstance(value, float) and value != value
+    return None if is_nan and type(kind).__name__.startswith("Array") else value
 
 
 def _size(value: Any) -> int:
@@ -267,6 +308,17 @@ def parts(root: Path) -> dict[Path, Sidecar]:
     return found
 
 
+def remove_unfinished(root: Path, writers: Iterable[str]) -> None:
+    """Remove what writers that are gone left half-written; their finished parts stay."""
+    for writer in writers:
+        folder = root / "parts" / writer
+        for path in [*folder.glob("*.tmp"), *folder.glob("data-*.arrow")]:
+            if path.suffix == ".tmp" or not _sidecar_path(path).is_file():
+                path.unlink(missing_ok=True)
+        with suppress(OSError):  # holds finished parts
+            folder.rmdir()
+
+
 def _whole_parts(root: Path) -> dict[Path, Sidecar]:
     """`parts`, each checked to have its size: a part cut between two batches would read short without an error."""
     found = parts(root)
@@ -289,12 +341,12 @@ def refresh_state(root: Path, features: "Features") -> None:
     listed: list[dict[str, str]] = []
     # Until nothing changed meanwhile: of two writers finishing at once, the slower may have seen fewer parts.
     while (files := [{"filename": str(part.relative_to(root))} for part in _finished(root)]) != listed:
-        _write_json(root / "dataset_info.json", info)
+        write_json(root / "dataset_info.json", info)
         state: dict[str, Any] = {
             "_data_files": files, "_fingerprint": settings_hash({"files": files}), "_format_columns": None,
             "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None,
         }  # fmt: skip
-        _write_json(root / "state.json", state)
+        write_json(root / "state.json", state)
         listed = files
 
 
@@ -334,7 +386,14 @@ def ids(root: Path, column: str) -> set[str]:
     Raises:
         StoreError: a part is missing or cut short, so that what is done cannot be known.
     """
-    return {value for part in _whole_parts(root) for batch in _batches(part) for value in batch[column].to_pylist()}
+    return set(each_id(root, column))
+
+
+def each_id(root: Path, column: str) -> Iterator[str]:
+    """Values of a string column over all finished parts, in order, as often as they are there; see `ids`."""
+    for part in _whole_parts(root):
+        for batch in _batches(part):
+            yield from batch[column].to_pylist()
 
 
 def _batches(part: Path) -> Iterator[pa.RecordBatch]:
