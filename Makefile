@@ -11,13 +11,18 @@ READY := $(VENV)/ready-$(KEY)
 # again in turns, and wait for each other's locks.
 export TORCH_EXTENSIONS_DIR := $(VENV)/torch_extensions
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-long lint install clean
 
 demo: install
 	PATH="$(BIN):$$PATH" bash demo/run.sh
 
 test: install lint
 	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest $(PYTEST_ARGS)
+
+# What CI runs at reduced counts, at full length: kill -9 at 20 moments, 500 damaged videos.
+test-long: install
+	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 WAN_ACCEL_KILLS=20 python -m pytest --timeout=3600 tests/preprocessing/test_job.py $(PYTEST_ARGS)
+	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python benchmarks/fuzz_videos.py 500 --seed 0
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,104 +1,141 @@
-"""The `wan-preprocess` command: animate, inspect, verify."""
+"""The `wan-preprocess` command."""
 
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
-from preprocessing.types import PROFILES
+from preprocessing.options import parser
+
+_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code, 2 for input that cannot be used."""
-    arguments = _parser().parse_args(argv)
+    """Run a subcommand; returns the exit code: 2 for input that cannot be used, 1 for a run that stopped itself."""
+    arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    from preprocessing.job import RunStopped
+
     try:
-        return arguments.run(arguments)
+        return COMMANDS[arguments.command](arguments)
+    except RunStopped as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on after the last finished video\n")
-        return 130
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; --help shows the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="wan-preprocess", description="Turn videos into training data.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    animate = commands.add_parser("animate", help="videos of people -> Wan-Animate clips")
-    animate.add_argument("inputs", nargs="+", type=Path, metavar="VIDEO", help="video files or folders")
-    animate.add_argument("--output", type=Path, required=True, help="the clips dataset to write or go on with")
-    animate.add_argument("--purpose", choices=["train", "drive"], default="train")
-    animate.add_argument("--reference", default="auto", help="auto, first, or a picture (purpose drive)")
-    animate.add_argument("--retarget", action="store_true", help="fit the pose to the reference's proportions")
-    animate.add_argument("--caption", default="", help="caption of every clip")
-    animate.add_argument("--num-frames", type=int, default=77, help="frames of a clip, 4n + 1")
-    animate.add_argument("--fps", type=float, default=30.0)
-    animate.add_argument("--resolution-area", type=_area, default=480 * 832, help="pixels of a frame, e.g. 480*832")
-    animate.add_argument("--max-clips", type=int, help="clips of a video, at most")
-    animate.add_argument("--profile", choices=sorted(PROFILES), default="wan")
-    animate.add_argument("--detector", type=Path, required=True, help="ONNX person detector")
-    animate.add_argument("--pose", type=Path, required=True, help="ONNX whole-body pose network")
-    animate.add_argument("--segmenter", type=Path, required=True, help="ONNX person segmenter")
-    animate.add_argument("--provider", default="cpu", help="onnxruntime provider: cpu, cuda or tensorrt")
-    animate.add_argument("--num-threads", type=int, default=0, help="threads of a network, 0 for all cores")
-    animate.set_defaults(run=_animate)
-
-    inspect = commands.add_parser("inspect", help="contact sheets of a clips dataset")
-    inspect.add_argument("dataset", type=Path)
-    inspect.add_argument("--output", type=Path, required=True, help="folder for the PNG files")
-    inspect.add_argument("--sample", type=int, help="this many clips instead of all")
-    inspect.set_defaults(run=_inspect)
-
-    verify = commands.add_parser("verify", help="check every part and every clip of a dataset")
-    verify.add_argument("dataset", type=Path)
-    verify.set_defaults(run=_verify)
-    return parser
-
-
-def _area(text: str) -> int:
-    """480*832, 480x832 or a number of pixels."""
-    try:
-        sides = [int(side) for side in text.replace("x", "*").split("*")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an area: write 480*832 or a number of pixels") from None
-    area = sides[0] if len(sides) == 1 else sides[0] * sides[1]
-    if len(sides) > 2 or area <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an area: write 480*832 or a number of pixels")
-    return area
+        sys.stderr.write("interrupted; the same command goes on where it stopped\n")
+        return _INTERRUPTED
 
 
 def _animate(arguments: argparse.Namespace) -> int:
-    from preprocessing.batch import run
-    from preprocessing.pipeline import Pipeline
-    from preprocessing.settings import ModelFiles, Settings, find_videos
+    from preprocessing.settings import Settings
 
+    models, kind = _models(arguments)
     settings = Settings(
-        purpose=arguments.purpose, reference=arguments.reference, retarget=arguments.retarget,
-        caption=arguments.caption, num_frames=arguments.num_frames, fps=arguments.fps,
-        area=arguments.resolution_area, max_clips=arguments.max_clips, profile=arguments.profile,
+        purpose=arguments.purpose, people=arguments.people, reference=arguments.reference,
+        retarget="one_step" if arguments.retarget else "none", profile=arguments.profile, segmenter=kind,
+        **_cutting(arguments),
     )  # fmt: skip
-    videos = find_videos(arguments.inputs)
-    models = ModelFiles(detector=arguments.detector, pose=arguments.pose, segmenter=arguments.segmenter)
-    pipeline = Pipeline(settings, models, provider=arguments.provider, num_threads=arguments.num_threads)
-    counts = run(pipeline, videos, arguments.output)
-    if not counts["todo"]:
-        print(f"{arguments.output}: nothing to do, {counts['finished']} videos finished, {counts['rejected']} rejected")
+    return _make(arguments, settings, models)
+
+
+def _clips(arguments: argparse.Namespace) -> int:
+    from preprocessing.settings import Settings
+
+    return _make(arguments, Settings(kind="clips", **_cutting(arguments)), None)
+
+
+def _cutting(arguments: argparse.Namespace) -> dict[str, Any]:
+    from preprocessing.thresholds import load_bounds
+
+    bounds = load_bounds(arguments.quality)
+    if arguments.command == "clips" and arguments.quality is None:
+        bounds = {}
+    return {
+        "caption": arguments.caption, "num_frames": arguments.num_frames, "stride": arguments.stride,
+        "fps": arguments.fps, "area": arguments.resolution_area, "divisor": arguments.size_divisor,
+        "max_clips": arguments.max_clips, "quality": bounds,
+    }  # fmt: skip
+
+
+def _models(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The networks' files: each as given, else from --models."""
+    from preprocessing.segmentation import kind_of_segmenter
+    from preprocessing.settings import ModelFiles
+
+    paths = {name: getattr(arguments, name) for name in ("detector", "pose", "segmenter")}
+    given = {name: path for name, path in paths.items() if path is not None}
+    if missing := [f"--{name}" for name in paths if name not in given]:
+        raise ValueError(f"{', '.join(missing)}: give the network's file")
+    models = ModelFiles(**given)
+    models.check()
+    return models, kind_of_segmenter(models.segmenter)
+
+
+def _make(arguments: argparse.Namespace, settings: Any, models: Any) -> int:
+    from preprocessing.description import describe
+    from preprocessing.inputs import find_sources
+    from preprocessing.job import JobOptions, run
+    from preprocessing.settings import Runtime
+
+    devices = arguments.devices * arguments.workers_per_device
+    networks = {
+        name: getattr(arguments, name)
+        for name in ("provider", "num_threads", "batch_frames")
+        if hasattr(arguments, name)
+    }
+    runtimes = [Runtime(device_id=device, **networks) for device in devices]
+    options = JobOptions(
+        runtimes=runtimes, timeout_seconds=arguments.timeout_seconds, max_reject_rate=arguments.max_reject_rate,
+        retry_rejected=arguments.retry_rejected, commit_seconds=arguments.commit_seconds,
+        lease_seconds=arguments.lease_seconds, scratch=arguments.scratch,
+    )  # fmt: skip
+    sources = find_sources(arguments.inputs)
+    described = describe(settings, models, runtimes[0])
+    if arguments.ray:
+        from preprocessing.ray_job import run_on_ray
+
+        summary = run_on_ray(
+            settings, models, sources, arguments.output, described=described, options=options, address=arguments.ray
+        )
+    else:
+        summary = run(settings, models, sources, arguments.output, described=described, options=options)
+    return _report(arguments.output, summary)
+
+
+def _report(output: Path, summary: Any) -> int:
+    from preprocessing.ledger import Ledger
+    from wan_accel.data import store
+
+    if not any(sidecar.rows for sidecar in store.parts(output).values()):
+        details = "; ".join(record["detail"] for record in Ledger(output).rejections()[:5])
+        raise ValueError(f"no video gave a clip: {details}")
+    if not summary.todo:
+        print(f"{output}: nothing to do, {summary.finished} videos finished, {summary.rejected} rejected")
         return 0
-    print(
-        f"{arguments.output}: {counts['clips']} new clips; {counts['finished']} videos finished, "
-        f"{counts['rejected']} rejected" + (" (see rejected.jsonl)" if counts["rejected"] else "")
-    )
+    videos = f"{summary.finished} videos finished, {summary.rejected} rejected"
+    bad = f", {summary.clips_rejected} clips not good enough" if summary.clips_rejected else ""
+    see = " (see rejected.jsonl)" if summary.rejected or summary.clips_rejected else ""
+    print(f"{output}: {summary.clips} new clips; {videos}{bad}{see}")
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from preprocessing.status import read_status, sentence
+
+    print(sentence(read_status(arguments.dataset)))
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from preprocessing.merge import merge
+
+    num_clips = merge(arguments.datasets, arguments.output, copy=arguments.copy, incomplete=arguments.incomplete)
+    print(f"{arguments.output}: {num_clips} clips of {len(arguments.datasets)} datasets")
     return 0
 
 
@@ -119,6 +156,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     if not problems:
         print(f"{arguments.dataset}: every part and every clip is sound")
     return 2 if problems else 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "animate": _animate, "clips": _clips, "status": _status, "inspect": _inspect, "verify": _verify, "merge": _merge,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Figures that tell good clips from bad ones, for filtering; none of them changes a clip."""
 
+from itertools import pairwise
+
 import cv2
 import numpy as np
 
@@ -65,11 +67,24 @@ def motion(keypoints: Float, boxes_xyxys: Float) -> float:
     return float(steps[seen_twice].mean()) if seen_twice.any() else 0.0
 
 
-def blur(frames_rgb: Frames, boxes_xyxys: Float) -> float:
+def luma_change(frames_rgb: Frames) -> float:
+    """Return the mean absolute change of luma from frame to frame, in 8-bit steps; near 0: a still picture.
+
+    Measured on a quarter of the size, where the grain of a camera does not count as change.
+    """
+    height, width = max(1, frames_rgb.shape[1] // 4), max(1, frames_rgb.shape[2] // 4)
+    small = [cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA) for frame in frames_rgb]
+    luma = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).astype(np.int16) for frame in small]
+    return float(np.mean([np.abs(b - a).mean() for a, b in pairwise(luma)])) if len(luma) > 1 else 0.0
+
+
+def blur(frames_rgb: Frames, boxes_xyxys: Float | None) -> float:
     """Return the median variance of the Laplacian of the luma in the person's box; LOW means blurred.
 
     In squared 8-bit steps: below about 50 looks soft. Frames without a person are measured as a whole.
     """
+    if boxes_xyxys is None:
+        boxes_xyxys = np.full((len(frames_rgb), 5), -1.0)
     variances = []
     for frame, box in zip(frames_rgb, boxes_xyxys, strict=True):
         height, width = frame.shape[:2]
@@ -99,21 +114,22 @@ def track_switches(boxes_xyxys: Float) -> int:
 def clip_quality(
     frames_rgb: Frames,
     *,
-    boxes_xyxys: Float,
-    keypoints: Float,
+    boxes_xyxys: Float | None,
+    keypoints: Float | None,
     face_boxes_xyxy: Int | None,
     mask: Mask | None,
 ) -> dict[str, float | None]:
     """Return the `quality` struct of a clip; a figure whose input is None is None."""
     frame_hw = (frames_rgb.shape[1], frames_rgb.shape[2])
     return {
-        "mean_keypoint_score": mean_keypoint_score(keypoints),
-        "visible_share": visible_share(keypoints, frame_hw),
-        "hand_score": hand_score(keypoints),
+        "mean_keypoint_score": None if keypoints is None else mean_keypoint_score(keypoints),
+        "visible_share": None if keypoints is None else visible_share(keypoints, frame_hw),
+        "hand_score": None if keypoints is None else hand_score(keypoints),
         "face_size": None if face_boxes_xyxy is None else face_size(face_boxes_xyxy),
         "mask_area_mean": None if mask is None else mask_area_mean(mask),
         "mask_area_jitter": None if mask is None else mask_area_jitter(mask),
-        "motion": motion(keypoints, boxes_xyxys),
+        "motion": None if keypoints is None or boxes_xyxys is None else motion(keypoints, boxes_xyxys),
+        "luma_change": luma_change(frames_rgb),
         "blur": blur(frames_rgb, boxes_xyxys),
-        "track_switches": float(track_switches(boxes_xyxys)),
+        "track_switches": None if boxes_xyxys is None else float(track_switches(boxes_xyxys)),
     }

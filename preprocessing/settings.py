@@ -1,62 +1,100 @@
-"""What a run of `wan-preprocess animate` is given: settings, model files, videos; all checked before work starts."""
+"""What a run of `wan-preprocess` is given: settings, model files, how networks run; checked before work starts."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from preprocessing.thresholds import Bound
 from preprocessing.types import PROFILES
+from preprocessing.windows import People
 
+Kind = Literal["animate", "clips"]
 Purpose = Literal["train", "drive"]
-VIDEO_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+SegmenterKind = Literal["onnx", "sam2", "transformers"]
+Retarget = Literal["none", "one_step"]
+AUTOMATIC_REFERENCES = ("auto", "first", "column")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
     """What a run does. Everything here makes the clips what they are, so it is compared on resuming.
 
-    num_frames: frames of a clip, 4n + 1. fps: rate of the clips. area: pixels of a frame, at most. max_clips: clips
-        of a video, at most; the rest of it is not looked at.
+    kind: `animate` finds people, `clips` only cuts. num_frames: frames of a clip, 4n + 1; stride: frames from one
+        clip's start to the next's, by default num_frames. fps: rate of the clips. area: pixels of a frame, at most;
+        divisor: of height and width. max_clips: clips of a video, at most; the rest of it is not looked at.
+    people: `largest` gives one clip a stretch of time, `all` one for every person in it.
     reference: `auto` takes the best-scored frame of the clip's own track outside the clip where there is one,
-        `first` the video's first frame with the person; otherwise a picture file.
+        `first` the track's first frame, `column` the picture that the manifest names; otherwise a picture file.
+    retarget: fit the pose to the reference's proportions.
+    quality: bounds of figures, by name; a clip outside one is rejected.
     """
 
+    kind: Kind = "animate"
     purpose: Purpose = "train"
+    people: People = "largest"
     reference: str = "auto"
-    retarget: bool = False
+    retarget: Retarget = "none"
     caption: str = ""
     num_frames: int = 77
+    stride: int | None = None
     fps: float = 30.0
     area: int = 480 * 832
+    divisor: int = 16
     max_clips: int | None = None
     profile: str = "wan"
+    segmenter: SegmenterKind = "onnx"
+    quality: Mapping[str, Bound] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = [*self._number_problems(), *self._reference_problems()]
         if self.profile not in PROFILES:
             problems.append(f"--profile {self.profile} is unknown: use {' or '.join(PROFILES)}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def _number_problems(self) -> list[str]:
+        problems = []
         if not self.fps > 0:
             problems.append(f"--fps {self.fps:g}: give a positive number of frames a second")
         if self.max_clips is not None and self.max_clips < 1:
             problems.append(f"--max-clips {self.max_clips}: give 1 or more, or leave it out for all clips")
+        if self.stride is not None and self.stride < 1:
+            problems.append(f"--stride {self.stride}: give 1 or more frames, or leave it out for clips end to end")
         if self.num_frames < 5 or self.num_frames % 4 != 1:
             near = max(5, round((self.num_frames - 1) / 4) * 4 + 1)
             problems.append(f"--num-frames {self.num_frames} is not 4n + 1: use {near}")
-        if self.purpose == "drive" and self.reference in ("auto", "first"):
-            problems.append("--purpose drive needs the picture of the character: give --reference FILE")
-        if self.purpose == "train" and self.retarget:
-            problems.append("--retarget is for --purpose drive: training clips show the person that moves")
-        if self.purpose == "train" and self.reference not in ("auto", "first"):
+        return problems
+
+    def _reference_problems(self) -> list[str]:
+        problems = []
+        is_drive = self.purpose == "drive"
+        if is_drive and self.reference in ("auto", "first"):
             problems.append(
-                f"--reference {self.reference} is for --purpose drive: use auto or first, the same person"
+                "--purpose drive needs the picture of the character: give --reference FILE, or --reference column "
+                "with a manifest"
             )
-        if problems:
-            raise ValueError("; ".join(problems))
+        if not is_drive and self.retarget != "none":
+            problems.append("--retarget is for --purpose drive: training clips show the person that moves")
+        if not is_drive and self.reference not in AUTOMATIC_REFERENCES:
+            problems.append(
+                f"--reference {self.reference} is for --purpose drive: use auto or first, the same person, or column"
+            )
+        return problems
+
+    @property
+    def step_frames(self) -> int:
+        """Frames from one clip's start to the next's."""
+        return self.stride or self.num_frames
+
+    def described(self) -> dict[str, Any]:
+        """The settings as they are stored and compared."""
+        return {**asdict(self), "quality": {name: asdict(bound) for name, bound in self.quality.items()}}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFiles:
-    """ONNX files of the networks."""
+    """Files of the networks."""
 
     detector: Path
     pose: Path
@@ -68,24 +106,25 @@ class ModelFiles:
             if not path.exists():
                 raise ValueError(
                     f"--{name} {path}: no such file. The demo's small networks are in demo/models; the released "
-                    "ones are in process_checkpoint/ of Wan-AI/Wan2.2-Animate-14B"
+                    "ones are fetched by `wan-preprocess download`"
                 )
 
 
-def find_videos(inputs: Sequence[Path]) -> list[Path]:
-    """Files as given and all videos below folders, in order, each once.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Runtime:
+    """How networks run: it changes how fast clips come, not what they are (but for the last bits).
 
-    Raises ValueError for an input that does not exist, or a folder without videos.
+    provider: of onnxruntime; device_id: its GPU. num_threads: of the CPU for one network, 0 for all cores.
+    batch_frames: frames that a network takes at a time. fp16: half precision where the network's file is float32.
     """
-    found: list[Path] = []
-    for path in inputs:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_ENDINGS)
-            if not inside:
-                raise ValueError(f"{path} holds no videos ({', '.join(VIDEO_ENDINGS)})")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise ValueError(f"{path}: no such file or folder")
-    return list({path.resolve(): path for path in found}.values())
+
+    provider: str = "cpu"
+    device_id: int = 0
+    num_threads: int = 1
+    batch_frames: int = 8
+    fp16: bool = False
+
+    @property
+    def torch_device(self) -> str:
+        """Where networks that are no ONNX files run."""
+        return "cpu" if self.provider == "cpu" else f"cuda:{self.device_id}"

@@ -79,6 +79,11 @@ class PoseMetas:
 class PreprocessProfile:
     """How the stages behave where the original preprocessing is wrong and a choice is needed."""
 
+    people: Literal["tracked", "per_frame"]
+    """Who a clip shows: one person followed through the shot, or each frame's main person on its own."""
+    boxes: Literal["smoothed", "as_detected"]
+    shots: Literal["split", "ignored"]
+    """Whether clips may reach across cuts."""
     pose_channel_order: Literal["rgb", "bgr"]
     """Channel order that the pose network sees; its normalisation constants are those of RGB."""
     frame_without_person: Literal["full_frame", "absent"]
@@ -108,6 +113,9 @@ class PreprocessProfile:
 
 PROFILES: dict[str, PreprocessProfile] = {
     "wan": PreprocessProfile(
+        people="tracked",
+        boxes="smoothed",
+        shots="split",
         pose_channel_order="rgb",
         frame_without_person="absent",
         lost_body="absent",
@@ -123,6 +131,9 @@ PROFILES: dict[str, PreprocessProfile] = {
         ground_contact="ankle_toe",
     ),
     "upstream": PreprocessProfile(
+        people="per_frame",
+        boxes="as_detected",
+        shots="ignored",
         pose_channel_order="bgr",
         frame_without_person="full_frame",
         lost_body="previous",

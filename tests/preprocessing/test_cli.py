@@ -42,7 +42,7 @@ def refused(capsys, arguments: list[str]) -> str:
         ([WALKER, "--max-clips", 0], "--max-clips 0: give 1 or more"),
         ([WALKER, "--resolution-area", "480*832*3"], "'480*832*3' is not an area: write 480*832"),
         ([WALKER, "--purpose", "drive"], "--purpose drive needs the picture of the character"),
-        ([WALKER, "--purpose", "drive", "--reference", "x.png"], "--reference x.png: not a picture"),
+        ([WALKER, "--purpose", "drive", "--reference", "x.png"], "reference x.png: not a picture"),
         ([WALKER, "--reference", "x.png"], "--reference x.png is for --purpose drive"),
         ([WALKER, "--retarget"], "--retarget is for --purpose drive"),
         ([WALKER, "--purpose", "watch"], "argument --purpose: invalid choice: 'watch'"),
@@ -55,7 +55,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(capsys, tmp_path, argum
 
 
 def test_all_problems_come_at_once(capsys, tmp_path):
-    line = refused(capsys, animate(tmp_path / "out", WALKER, "--num-frames", 4, "--retarget"))
+    line = refused(capsys, animate(tmp_path / "out", WALKER, "--num-frames", 4, "--stride", 0, "--retarget"))
     assert "--num-frames 4 is not 4n + 1" in line and "--retarget is for" in line
 
 
@@ -63,7 +63,7 @@ def test_a_missing_model_is_named_with_its_source(capsys, tmp_path):
     files = {**FILES, "--pose": tmp_path / "vitpose.onnx"}
     line = refused(capsys, animate(tmp_path / "out", WALKER, files=files))
     assert f"--pose {tmp_path / 'vitpose.onnx'}: no such file" in line
-    assert "process_checkpoint/ of Wan-AI/Wan2.2-Animate-14B" in line
+    assert "wan-preprocess download" in line
 
 
 def test_models_that_are_swapped_are_noticed(capsys, tmp_path):
@@ -91,6 +91,8 @@ def made(tmp_path_factory):
 def test_the_same_command_again_says_that_nothing_is_to_do(made, capsys):
     assert main(made[1]) == 0
     assert "nothing to do, 1 videos finished, 0 rejected" in capsys.readouterr().out
+    assert main(["status", str(made[0])]) == 0
+    assert "1 of 1 videos done (100.0%): 1 finished, 0 rejected; 1 clips; 0 jobs" in capsys.readouterr().out
 
 
 def test_another_setting_is_refused_with_the_difference(made, capsys):

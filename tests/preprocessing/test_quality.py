@@ -6,6 +6,7 @@ from preprocessing.quality import (
     blur,
     clip_quality,
     face_size,
+    luma_change,
     mask_area_jitter,
     mask_area_mean,
     motion,
@@ -91,6 +92,15 @@ def test_all_figures_of_a_clip():
         "mask_area_mean": 1,
         "mask_area_jitter": 0,
         "motion": 0,
+        "luma_change": 0,
         "blur": 0,
         "track_switches": 0,
     }
+
+
+def test_luma_change_tells_a_still_from_a_moving_picture():
+    still = np.full((4, 40, 60, 3), 90, np.uint8)
+    assert luma_change(still) == 0
+    brighter = np.stack([frame + 5 * i for i, frame in enumerate(still)]).astype(np.uint8)
+    assert luma_change(brighter) == pytest.approx(5, abs=0.01)
+    assert luma_change(still[:1]) == 0

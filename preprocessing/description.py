@@ -1,0 +1,29 @@
+"""Everything that the clips of a run depend on, in plain values: compared on resuming, stored as provenance."""
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from preprocessing.settings import ModelFiles, Runtime, Settings
+from preprocessing.video import sha256_file
+from wan_accel.data.schema import CLIPS_SCHEMA
+
+
+def describe(settings: Settings, models: ModelFiles | None = None, runtime: Runtime = Runtime()) -> dict[str, Any]:  # noqa: B008
+    """Settings, with files by their content: pictures and networks may move, but not change."""
+    described: dict[str, Any] = {**settings.described(), "schema": CLIPS_SCHEMA}
+    if Path(settings.reference).is_file():
+        described["reference"] = sha256_file(settings.reference)
+    if models is not None:
+        described["models"] = {name: hash_of_model(path) for name, path in asdict(models).items()}
+        described["fp16"] = runtime.fp16
+    return described
+
+
+def hash_of_model(path: Path) -> str:
+    """sha256 of a network: of a file, or of the names and hashes of a folder's files."""
+    if path.is_file():
+        return sha256_file(path)
+    listed = [(str(file.relative_to(path)), sha256_file(file)) for file in sorted(path.rglob("*")) if file.is_file()]
+    return hashlib.sha256(repr(listed).encode()).hexdigest()

@@ -1,0 +1,26 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from preprocessing.types import PreprocessProfile
+from wan_accel.data.schema import QUALITY
+
+GUIDE = (Path(__file__).parents[1] / "docs/ANIMATE_PREPROCESSING.md").read_text()
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(PreprocessProfile)])
+def test_every_field_of_the_profile_is_explained(name):
+    assert f"\n| {name} | " in GUIDE
+
+
+@pytest.mark.parametrize("name", QUALITY)
+def test_every_quality_figure_is_explained(name):
+    assert f"\n| {name} | " in GUIDE
+
+
+def test_the_guides_pictures_exist():
+    pictures = [part.split(")")[0] for part in GUIDE.split("](images/")[1:]]
+    assert pictures
+    for picture in pictures:
+        assert (Path(__file__).parents[1] / "docs/images" / picture).is_file()
