@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from preprocessing.segmentation import Person
 from small_runs import (
     DEMO,
     MODELS,
@@ -23,6 +22,7 @@ from preprocessing.canvas import resize_by_area
 from preprocessing.inputs import find_sources
 from preprocessing.pipeline import Rejected
 from preprocessing.quality import mean_keypoint_score
+from preprocessing.segmentation import Person
 from preprocessing.thresholds import Bound
 from preprocessing.video import decode_frames, psnr_db, sha256_file
 from wan_accel.data import store
