@@ -95,7 +95,7 @@ def _make(arguments: argparse.Namespace, settings: Any, models: Any) -> int:
         lease_seconds=arguments.lease_seconds, scratch=arguments.scratch,
     )  # fmt: skip
     sources = find_sources(arguments.inputs)
-    described = describe(settings, models, runtimes[0])
+    described = describe(settings, models)
     if arguments.ray:
         from preprocessing.ray_job import run_on_ray
 

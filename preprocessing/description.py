@@ -5,19 +5,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from preprocessing.settings import ModelFiles, Runtime, Settings
+from preprocessing.settings import ModelFiles, Settings
 from preprocessing.video import sha256_file
 from wan_accel.data.schema import CLIPS_SCHEMA
 
 
-def describe(settings: Settings, models: ModelFiles | None = None, runtime: Runtime = Runtime()) -> dict[str, Any]:  # noqa: B008
+def describe(settings: Settings, models: ModelFiles | None = None) -> dict[str, Any]:
     """Settings, with files by their content: pictures and networks may move, but not change."""
     described: dict[str, Any] = {**settings.described(), "schema": CLIPS_SCHEMA}
     if Path(settings.reference).is_file():
         described["reference"] = sha256_file(settings.reference)
     if models is not None:
         described["models"] = {name: hash_of_model(path) for name, path in asdict(models).items()}
-        described["fp16"] = runtime.fp16
     return described
 
 

@@ -1,5 +1,6 @@
 """One ONNX network: opened with the provider asked for, run over batches of any size."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ _PROVIDERS = {
 
 
 class OnnxModel:
-    """A network with one input and one output of interest, whose names are read from the file.
+    """A network with one input, whose names are read from the file.
 
     `batch_frames` is the most that one run takes: the file's own batch size where that is fixed.
+    `seconds_in_network`: how long runs have taken in all.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class OnnxModel:
             raise ValueError(f"{path}: provider {provider!r} is in this onnxruntime but does not start here")
         self.path = path
         self._input = self._session.get_inputs()[0]
-        self._output = self._session.get_outputs()[0]
+        self._outputs = self._session.get_outputs()
+        self._dtype = np.float16 if self._input.type == "tensor(float16)" else np.float32
+        self.seconds_in_network = 0.0
         fixed = self._input.shape[0]
         self.batch_frames = fixed if isinstance(fixed, int) else batch_frames
         self._pads_batch = isinstance(fixed, int)
@@ -63,14 +67,30 @@ class OnnxModel:
     @property
     def output_shape(self) -> tuple[Any, ...]:
         """Shape in the file; names in place of sizes that are free."""
-        return tuple(self._output.shape)
+        return self.output_shapes[0]
+
+    @property
+    def output_shapes(self) -> list[tuple[Any, ...]]:
+        """Shapes of all outputs in the file; names in place of sizes that are free."""
+        return [tuple(output.shape) for output in self._outputs]
 
     def run(self, batch: Float) -> Float:
         """Run the network on one batch of at most `batch_frames` and return its first output."""
+        return self.run_all(batch, num_outputs=1)[0]
+
+    def run_all(self, batch: Float, *, num_outputs: int | None = None) -> list[Float]:
+        """Run the network on one batch and return its first `num_outputs` outputs, or all, as float32 if not integer.
+
+        A network of half precision gets and gives what it wants; the caller sees float32.
+        """
         num = len(batch)
         if num > self.batch_frames:
             raise ValueError(f"{num} inputs for {self.path.name}, it takes {self.batch_frames} at a time")
         if self._pads_batch and num < self.batch_frames:
             batch = np.concatenate([batch, np.repeat(batch[-1:], self.batch_frames - num, axis=0)])
-        feed = {self._input.name: np.ascontiguousarray(batch, np.float32)}
-        return np.asarray(self._session.run([self._output.name], feed)[0])[:num]
+        feed = {self._input.name: np.ascontiguousarray(batch, self._dtype)}
+        start = time.perf_counter()
+        outputs = self._session.run([output.name for output in self._outputs[:num_outputs]], feed)
+        self.seconds_in_network += time.perf_counter() - start
+        arrays = [np.asarray(output)[:num] for output in outputs]
+        return [array.astype(np.float32) if array.dtype == np.float16 else array for array in arrays]

@@ -26,8 +26,7 @@ class PeopleNetworks:
         self.settings = settings
         self.profile = PROFILES[settings.profile]
         options: dict[str, Any] = {
-            "provider": runtime.provider, "device_id": runtime.device_id, "num_threads": runtime.num_threads,
-            "batch_frames": runtime.batch_frames, "fp16": runtime.fp16,
+            "provider": runtime.provider, "num_threads": runtime.num_threads, "batch_frames": runtime.batch_frames,
         }  # fmt: skip
         self.detector = open_detector(models.detector, **options)
         self.pose = open_pose(models.pose, profile=self.profile, **options)

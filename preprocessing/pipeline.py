@@ -41,7 +41,7 @@ class Pipeline:
         self.networks = PeopleNetworks(settings, models, runtime) if settings.kind == "animate" else None
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
         self._characters: dict[str, Character] = {}
-        self.described = describe(settings, models, runtime) if described is None else described
+        self.described = describe(settings, models) if described is None else described
         if settings.purpose == "drive" and settings.reference != "column":
             self._character(settings.reference)
 

@@ -115,14 +115,13 @@ class Runtime:
     """How networks run: it changes how fast clips come, not what they are (but for the last bits).
 
     provider: of onnxruntime; device_id: its GPU. num_threads: of the CPU for one network, 0 for all cores.
-    batch_frames: frames that a network takes at a time. fp16: half precision where the network's file is float32.
+    batch_frames: frames that a network takes at a time.
     """
 
     provider: str = "cpu"
     device_id: int = 0
     num_threads: int = 1
     batch_frames: int = 8
-    fp16: bool = False
 
     @property
     def torch_device(self) -> str:
