@@ -1,4 +1,4 @@
-"""The README's commands are commands: they parse, and name recipes, configs and files that exist."""
+"""The commands of README and guide are commands: they parse, and name recipes, configs and files that exist."""
 
 import re
 import shlex
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing import cli as preprocess_cli
+from preprocessing import options as preprocess_options
 from wan_accel import cli
 from wan_accel.recipe.check import read_engine
 from wan_accel.recipe.load import load_recipe
@@ -15,8 +15,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def commands() -> list[list[str]]:
-    """Indented lines of the README that start with a command, continuation lines joined."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    """Indented lines that start with a command, continuation lines joined."""
+    texts = [(ROOT / name).read_text() for name in ("README.md", "docs/ANIMATE_PREPROCESSING.md")]
+    text = "\n".join(texts).replace("\\\n", " ")
     starts = ("wan-accel ", "wan-preprocess ", "accelerate launch ", "python -m wan_accel")
     lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
     return [shlex.split(line) for line in lines if line.startswith(starts)]
@@ -26,7 +27,7 @@ def commands() -> list[list[str]]:
 def test_command(command: list[str]) -> None:
     program, *arguments = command
     if program == "wan-preprocess":
-        preprocess_cli._parser().parse_args(arguments)
+        preprocess_options.parser().parse_args(arguments)
     elif program == "wan-accel":
         cli._parser().parse_args(arguments)
     else:
