@@ -2,11 +2,10 @@
 
 import numpy as np
 
-from preprocessing.retarget import template_frame
+from preprocessing.retarget_bones import MIN_SCORE
 from preprocessing.skeleton import LIMBS
 from preprocessing.types import WAN, Float, PoseMetas, PreprocessProfile
 
-_MIN_SCORE = 0.4
 _MOST_POINTS = 0.9
 _FULL_LENGTH_QUANTILE = 0.9  # not the maximum: single frames are measured wrongly
 _SIZED = slice(0, 12)  # limbs of the body: shoulders, arms, trunk, legs
@@ -22,9 +21,9 @@ def choose_template(metas: PoseMetas, *, profile: PreprocessProfile = WAN) -> in
     `upstream` takes the first frame, as the original does.
     """
     if profile.retarget_ratios == "all_points":
-        return template_frame(metas, profile=profile)
+        return 0
     shares = _shares_of_full_length(metas)
-    num_points = (metas.body[..., 2] >= _MIN_SCORE).sum(axis=1)
+    num_points = (metas.body[..., 2] >= MIN_SCORE).sum(axis=1)
     candidates = num_points >= _MOST_POINTS * num_points.max()
     worst = np.where(np.isnan(shares), np.inf, shares).min(axis=1)
     return int(np.where(candidates & np.isfinite(worst), worst, -1.0).argmax())
@@ -32,7 +31,7 @@ def choose_template(metas: PoseMetas, *, profile: PreprocessProfile = WAN) -> in
 
 def _shares_of_full_length(metas: PoseMetas) -> Float:
     """(T, 12) bone lengths over their long ones, at most 1; NaN where a bone is not seen."""
-    seen = metas.body[..., 2] >= _MIN_SCORE
+    seen = metas.body[..., 2] >= MIN_SCORE
     xy_pixels = metas.body[..., :2].astype(np.float64) * [metas.width, metas.height]
     lengths = np.linalg.norm(xy_pixels[:, _PARENTS] - xy_pixels[:, _CHILDREN], axis=2)
     shares = np.full(lengths.shape, np.nan)

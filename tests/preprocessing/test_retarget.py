@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from preprocessing.retarget import fit_retargeting, retarget, template_frame
+from preprocessing.retarget import fit_retargeting, retarget
 from preprocessing.skeleton import LIMBS
 from preprocessing.types import PROFILES, PoseMetas
 from wan_accel.data.skeleton import LEFT_HAND, RIGHT_HAND
@@ -81,9 +81,7 @@ def test_each_hand_hangs_on_its_own_wrist():
     pose = retarget(swapped_hands, fit_retargeting(person(), reference))[0]
     np.testing.assert_allclose(pose[LEFT_HAND.start, :2], pose[7, :2], atol=1e-6)
     np.testing.assert_allclose(pose[RIGHT_HAND.start, :2], pose[4, :2], atol=1e-6)
-    original = retarget(
-        swapped_hands, fit_retargeting(person(), reference, profile=UPSTREAM), profile=UPSTREAM
-    )[0]
+    original = retarget(swapped_hands, fit_retargeting(person(), reference, profile=UPSTREAM), profile=UPSTREAM)[0]
     assert np.abs(original[LEFT_HAND.start, :2] - original[7, :2]).max() > 10
 
 
@@ -128,16 +126,45 @@ def test_the_lower_foot_stands_on_the_reference_ground():
     assert pose[[13, 18], 1].mean() == pytest.approx(335 + 15)
 
 
+def with_shoulders_at(half_width):
+    """A person whose shoulders look `half_width` pixels wide on each side, arms hanging from them."""
+    body_xy = BODY_XY.copy()
+    body_xy[[2, 5], 0] = 200 - half_width, 200 + half_width
+    body_xy[[3, 4, 6, 7]] += body_xy[[2, 2, 5, 5]] - BODY_XY[[2, 2, 5, 5]]
+    return body_xy
+
+
+def test_bones_that_point_at_the_camera_are_not_measured():
+    profile_view = person(with_shoulders_at(5))  # 6 times narrower than from the front
+    np.testing.assert_allclose(fit_retargeting(profile_view, person()).length_ratios[:2], 1, atol=1e-6)
+    np.testing.assert_allclose(fit_retargeting(person(), profile_view).length_ratios[:2], 1, atol=1e-6)
+    original = fit_retargeting(profile_view, person(), profile=UPSTREAM)
+    assert original.length_ratios[:2].max() == pytest.approx(6)
+
+
 def test_edited_pictures_give_the_bone_lengths():
-    foreshortened = BODY_XY.copy()
-    foreshortened[[2, 5], 0] = 195, 205  # shoulders in profile
-    foreshortened[[3, 4, 6, 7]] += foreshortened[[2, 2, 5, 5]] - BODY_XY[[2, 2, 5, 5]]
-    plain = fit_retargeting(person(foreshortened), person())
-    edited = fit_retargeting(
-        person(foreshortened), person(), edited_template=person(), edited_reference=person()
-    )
-    assert plain.length_ratios[:2].max() == pytest.approx(6)
+    turned = person(with_shoulders_at(24))  # narrower, still measurable
+    plain = fit_retargeting(turned, person())
+    edited = fit_retargeting(turned, person(), edited_template=person(), edited_reference=person())
+    assert plain.length_ratios[:2].max() == pytest.approx(30 / 24)
     np.testing.assert_allclose(edited.length_ratios, 1, atol=1e-6)
+
+
+def test_bones_that_the_edited_pictures_lack_come_from_the_unedited_ones():
+    longer_shins = BODY_XY.copy()
+    longer_shins[[10, 13, 18, 19]] += [0, 14]
+    scores = np.full(20, 0.9)
+    scores[[9, 10, 12, 13, 18, 19]] = 0.1  # the editor cut the legs off
+    cut_off = person(scores=scores)
+    fit = fit_retargeting(person(), person(longer_shins), edited_template=cut_off, edited_reference=cut_off)
+    assert fit.length_ratios[8] == pytest.approx(84 / 70 * fit.length_ratios[7], rel=1e-3)  # shin against thigh
+    np.testing.assert_allclose(fit.length_ratios[:6], fit.length_ratios[0], atol=1e-6)
+
+
+def test_edited_pictures_without_a_person_are_an_error():
+    nobody = person(np.full((20, 2), np.nan), scores=0)
+    with pytest.raises(ValueError, match="the edited reference shows no person"):
+        fit_retargeting(person(), person(), edited_template=person(), edited_reference=nobody)
 
 
 def test_edited_pictures_come_in_pairs():
@@ -160,10 +187,3 @@ def test_frames_without_a_person_stay_absent():
     pose = retarget(metas, fit_retargeting(metas[:1], metas[:1]))
     assert np.isnan(pose[1, :20, :2]).all()
     assert np.isfinite(pose[0]).all()
-
-
-def test_the_template_is_the_first_frame_that_shows_most():
-    metas = person(num_frames=3)
-    metas.body[0, 5:, 2] = 0
-    assert template_frame(metas) == 1
-    assert template_frame(metas, profile=UPSTREAM) == 0
