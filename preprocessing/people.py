@@ -33,9 +33,9 @@ class PeopleNetworks:
         self.segmenter = open_segmenter(
             settings.segmenter,
             models.segmenter,
-            provider=runtime.provider,
-            num_threads=runtime.num_threads,
             device=runtime.torch_device,
+            profile=self.profile,
+            **options,
         )
 
     def measure_picture(self, picture_rgb: Frames) -> PoseMetas | None:

@@ -1,22 +1,15 @@
 """Segmenters: who is where, pixel by pixel, in a window of frames."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from preprocessing.masks import Mask, OnnxPersonSegmenter
-from preprocessing.types import Float, Frames
+from preprocessing.box_segmenter import BoxSegmenter
+from preprocessing.masks import Mask
+from preprocessing.types import WAN, Frames, Person, PreprocessProfile
+from preprocessing.video_segmenter import VideoSegmenter
 
 SegmenterKind = Literal["onnx", "sam2", "transformers"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Person:
-    """One tracked person through T frames: boxes (T, 5), score below 0 where absent; key points (T, 133, 3) or None."""
-
-    boxes_xyxys: Float
-    keypoints: Float | None
 
 
 class Segmenter(Protocol):
@@ -24,16 +17,9 @@ class Segmenter(Protocol):
 
     def __call__(self, frames_rgb: Frames, person: Person, others: Sequence[Person] = ()) -> Mask: ...
 
-
-class BoxSegmenter:
-    """The ONNX segmenter, which sees one box of one frame at a time."""
-
-    def __init__(self, network: OnnxPersonSegmenter) -> None:
-        self._network = network
-
-    def __call__(self, frames_rgb: Frames, person: Person, others: Sequence[Person] = ()) -> Mask:
-        """Segment the person's boxes; others play no part."""
-        return self._network(frames_rgb, person.boxes_xyxys)
+    @property
+    def seconds_in_network(self) -> float:
+        """How long the network has run in all."""
 
 
 def kind_of_segmenter(path: Path) -> SegmenterKind:
@@ -44,9 +30,25 @@ def kind_of_segmenter(path: Path) -> SegmenterKind:
 
 
 def open_segmenter(
-    kind: SegmenterKind, path: Path, *, provider: str = "cpu", num_threads: int = 1, device: str = "cpu"
+    kind: SegmenterKind,
+    path: Path,
+    *,
+    provider: str = "cpu",
+    num_threads: int = 1,
+    batch_frames: int = 8,
+    device: str = "cpu",
+    profile: PreprocessProfile = WAN,
 ) -> Segmenter:
-    """Open a segmenter. Raises ValueError for a file of another kind."""
-    if kind != "onnx":
-        raise ValueError(f"--segmenter {path}: {kind} segmenters are not supported yet; give an ONNX person segmenter")
-    return BoxSegmenter(OnnxPersonSegmenter(path, provider=provider, num_threads=num_threads))
+    """Open a segmenter: `onnx` with its provider, threads and batch, the others on a torch device.
+
+    Raises ValueError for a file of another kind.
+    """
+    if kind == "onnx":
+        return BoxSegmenter(path, provider=provider, num_threads=num_threads, batch_frames=batch_frames)
+    if kind == "sam2":
+        from preprocessing.sam2_video import Sam2Propagator
+
+        return VideoSegmenter(Sam2Propagator(path, device=device), profile=profile)
+    from preprocessing.sam2_transformers import Sam2TransformersPropagator
+
+    return VideoSegmenter(Sam2TransformersPropagator(path, device=device), profile=profile)

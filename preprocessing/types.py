@@ -75,6 +75,20 @@ class PoseMetas:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Person:
+    """One tracked person through T frames: boxes (T, 5), score below 0 where absent; key points (T, 133, 3) or None."""
+
+    boxes_xyxys: Float
+    keypoints: Float | None
+
+    def part(self, frames: range) -> "Person":
+        """The same person in some of the frames."""
+        rows = slice(frames.start, frames.stop)
+        keypoints = None if self.keypoints is None else self.keypoints[rows]
+        return Person(boxes_xyxys=self.boxes_xyxys[rows], keypoints=keypoints)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreprocessProfile:
     """How the stages behave where the original preprocessing is wrong and a choice is needed."""

@@ -24,11 +24,10 @@ from preprocessing.quality import clip_quality
 from preprocessing.rejection import Rejected, RejectedClip
 from preprocessing.retarget import Retargeting
 from preprocessing.scenes import ShotDetector
-from preprocessing.segmentation import Person
 from preprocessing.shots import Shot, Sighting, Stretch
 from preprocessing.thresholds import violation
 from preprocessing.tracking import PeopleTracker, PersonPerFrame, smooth_boxes
-from preprocessing.types import Float, FrameBatch, Frames
+from preprocessing.types import Float, FrameBatch, Frames, Person
 from preprocessing.video import VideoInfo, stream_frames
 from preprocessing.windows import Window
 from wan_accel.data.schema import clip_id

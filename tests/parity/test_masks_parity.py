@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from preprocess_goldens import GOLDENS, UPSTREAM, arrays, names, picture
 
-from preprocessing.masks import blacken, block_augment, dilate, key_frames, point_prompts, segmenter_chunks
+from preprocessing.masks import blacken, block_augment, dilate
+from preprocessing.prompts import key_frames, point_prompts
+from preprocessing.video_segmenter import segmenter_chunks
 
 GOLDEN = arrays("08_mask")
 CASES = range(len(GOLDEN["params_k_iter_wlen_hlen"]))

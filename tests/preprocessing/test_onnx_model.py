@@ -3,8 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from preprocessing.box_segmenter import BoxSegmenter
 from preprocessing.detection import PersonDetector
-from preprocessing.masks import OnnxPersonSegmenter
 from preprocessing.onnx_model import OnnxModel
 from preprocessing.pose import WholeBodyPose
 
@@ -37,7 +37,7 @@ def test_a_fixed_batch_size_is_respected():
     [
         (PersonDetector, "wholebody133.onnx", r"a person detector has input \(N, 3, H, W\)"),
         (WholeBodyPose, "person_detector.onnx", r"a whole-body pose network has"),
-        (OnnxPersonSegmenter, "wholebody133.onnx", r"a person segmenter has input \(N, S, S, 3\)"),
+        (BoxSegmenter, "wholebody133.onnx", r"a person segmenter has input \(N, S, S, 3\)"),
     ],
 )
 def test_networks_that_were_mixed_up_are_told_apart(kind, file, message):

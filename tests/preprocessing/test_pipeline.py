@@ -22,8 +22,8 @@ from preprocessing.canvas import resize_by_area
 from preprocessing.inputs import find_sources
 from preprocessing.pipeline import Rejected
 from preprocessing.quality import mean_keypoint_score
-from preprocessing.segmentation import Person
 from preprocessing.thresholds import Bound
+from preprocessing.types import Person
 from preprocessing.video import decode_frames, psnr_db, sha256_file
 from wan_accel.data import store
 from wan_accel.data.clips import load_clip
