@@ -37,7 +37,9 @@ def _animate(arguments: argparse.Namespace) -> int:
     models, kind = _models(arguments)
     settings = Settings(
         purpose=arguments.purpose, people=arguments.people, reference=arguments.reference,
-        retarget="one_step" if arguments.retarget else "none", profile=arguments.profile, segmenter=kind,
+        retarget=arguments.retarget.replace("-", "_") if arguments.retarget else "none",
+        edited_template=arguments.edited_template, edited_reference=arguments.edited_reference, flux=arguments.flux,
+        flux_seed=arguments.flux_seed, profile=arguments.profile, segmenter=kind,
         **_cutting(arguments),
     )  # fmt: skip
     return _make(arguments, settings, models)
@@ -88,7 +90,8 @@ def _make(arguments: argparse.Namespace, settings: Any, models: Any) -> int:
         for name in ("provider", "num_threads", "batch_frames")
         if hasattr(arguments, name)
     }
-    runtimes = [Runtime(device_id=device, **networks) for device in devices]
+    edits = arguments.output / "work" / "edits"
+    runtimes = [Runtime(device_id=device, edits=edits, **networks) for device in devices]
     options = JobOptions(
         runtimes=runtimes, timeout_seconds=arguments.timeout_seconds, max_reject_rate=arguments.max_reject_rate,
         retry_rejected=arguments.retry_rejected, commit_seconds=arguments.commit_seconds,

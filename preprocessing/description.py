@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from preprocessing.flux import identity_of_flux
 from preprocessing.settings import ModelFiles, Settings
 from preprocessing.video import sha256_file
 from wan_accel.data.schema import CLIPS_SCHEMA
@@ -13,8 +14,12 @@ from wan_accel.data.schema import CLIPS_SCHEMA
 def describe(settings: Settings, models: ModelFiles | None = None) -> dict[str, Any]:
     """Settings, with files by their content: pictures and networks may move, but not change."""
     described: dict[str, Any] = {**settings.described(), "schema": CLIPS_SCHEMA}
-    if Path(settings.reference).is_file():
-        described["reference"] = sha256_file(settings.reference)
+    for name in ("reference", "edited_template", "edited_reference"):
+        path = described[name]
+        if path is not None and Path(path).is_file():
+            described[name] = sha256_file(path)
+    if settings.flux is not None:
+        described["flux"] = identity_of_flux(Path(settings.flux))
     if models is not None:
         described["models"] = {name: hash_of_model(path) for name, path in asdict(models).items()}
     return described

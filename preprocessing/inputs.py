@@ -15,7 +15,9 @@ from uuid import uuid4
 
 VIDEO_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 _MANIFEST_ENDINGS = (".csv", ".jsonl", ".parquet")
-_COLUMNS = ("path", "caption", "reference", "start_seconds", "end_seconds")
+_COLUMNS = (
+    "path", "caption", "reference", "start_seconds", "end_seconds", "edited_template", "edited_reference",
+)  # fmt: skip
 _SHOWN_PROBLEMS = 10
 _ATTEMPTS, _PAUSE_SECONDS = 3, 2.0
 
@@ -28,7 +30,8 @@ class InputError(ValueError):
 class Source:
     """A video, or an interval of one, in seconds of its own time.
 
-    path: a local path or a URL that fsspec knows. What is None was not said.
+    path: a local path or a URL that fsspec knows. What is None was not said. edited_template, edited_reference: the
+    video's person and the reference's in a standard pose, for two-step retargeting.
     """
 
     path: str
@@ -36,6 +39,8 @@ class Source:
     reference: str | None = None
     start_seconds: float | None = None
     end_seconds: float | None = None
+    edited_template: str | None = None
+    edited_reference: str | None = None
 
     @property
     def key(self) -> str:
@@ -96,7 +101,7 @@ def _remote_videos(url: str) -> Iterator[Source]:
 
 
 def read_manifest(path: str) -> list[Source]:
-    """Read a csv, jsonl or parquet file with `path` and, as they are, caption, reference, start_seconds, end_seconds.
+    """Read a csv, jsonl or parquet file with `path` and the other fields of `Source`, as they are there.
 
     Relative paths start at the manifest's folder. Empty cells and NaN were not said. A video that does not exist is
     found out when it is worked on.
@@ -150,8 +155,9 @@ def _source(row: dict[str, Any], manifest: str) -> Source:
     if "path" not in said:
         raise ValueError("no path")
     values: dict[str, Any] = {"path": _beside(manifest, str(said["path"]))}
-    if "reference" in said:
-        values["reference"] = _beside(manifest, str(said["reference"]))
+    for name in ("reference", "edited_template", "edited_reference"):
+        if name in said:
+            values[name] = _beside(manifest, str(said[name]))
     if "caption" in said:
         values["caption"] = str(said["caption"])
     for name in ("start_seconds", "end_seconds"):

@@ -46,7 +46,17 @@ def _add_animate(parser: argparse.ArgumentParser) -> None:
     people.add_argument(
         "--profile", choices=sorted(PROFILES), default="wan", help="upstream: Wan2.2's way, mistakes too"
     )
-    people.add_argument("--retarget", action="store_true", help="fit the pose to the reference (purpose drive)")
+    people.add_argument(
+        "--retarget",
+        choices=["one-step", "two-step"],
+        nargs="?",
+        const="one-step",
+        help="fit the pose to the reference (purpose drive); two-step: with people redrawn in a standard pose",
+    )
+    people.add_argument("--edited-template", help="the video's person in a standard pose, for --retarget two-step")
+    people.add_argument("--edited-reference", help="the reference's person in a standard pose")
+    people.add_argument("--flux", help="folder of FLUX.1-Kontext, which makes the edited pictures that are not given")
+    people.add_argument("--flux-seed", type=int, default=0, help="another one gives other pictures")
     networks = parser.add_argument_group("networks")
     networks.add_argument("--detector", type=Path, help="ONNX person detector")
     networks.add_argument("--pose", type=Path, help="ONNX whole-body pose network")

@@ -2,15 +2,12 @@
 
 from typing import Any
 
-from preprocessing.characters import Character
 from preprocessing.detection import select_person
 from preprocessing.networks import open_detector, open_pose
 from preprocessing.pose import metas_from_keypoints
-from preprocessing.retarget import Retargeting, fit_retargeting
 from preprocessing.segmentation import open_segmenter
 from preprocessing.settings import ModelFiles, Runtime, Settings
-from preprocessing.template import choose_template
-from preprocessing.types import PROFILES, Float, Frames, PoseMetas
+from preprocessing.types import PROFILES, Frames, PoseMetas
 
 
 class PeopleNetworks:
@@ -45,11 +42,3 @@ class PeopleNetworks:
         if box[4] < 0:
             return None
         return metas_from_keypoints(self.pose(picture_rgb[None], box[None]).keypoints, hw, profile=self.profile)
-
-    def fit(self, keypoints: Float, frame_hw: tuple[int, int], character: Character) -> Retargeting:
-        """Fit a whole track (T, 133, 3) to the character, so that its clips belong together."""
-        if character.metas is None:
-            raise ValueError("the character was not measured")
-        metas = metas_from_keypoints(keypoints, frame_hw, profile=self.profile)
-        frame = choose_template(metas, profile=self.profile)
-        return fit_retargeting(metas[frame : frame + 1], character.metas, profile=self.profile)

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from preprocessing.characters import Character, load_character
+from preprocessing.characters import Characters
 from preprocessing.clip_row import Encoded
 from preprocessing.description import describe
+from preprocessing.editing import StandardPoses
 from preprocessing.inputs import Source
 from preprocessing.people import PeopleNetworks
 from preprocessing.rejection import Rejected, RejectedClip
@@ -40,10 +41,8 @@ class Pipeline:
         self.profile = PROFILES[settings.profile]
         self.networks = PeopleNetworks(settings, models, runtime) if settings.kind == "animate" else None
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
-        self._characters: dict[str, Character] = {}
         self.described = describe(settings, models) if described is None else described
-        if settings.purpose == "drive" and settings.reference != "column":
-            self._character(settings.reference)
+        self.characters = _characters(settings, self.networks, runtime)
 
     def process(
         self,
@@ -78,28 +77,6 @@ class Pipeline:
         """Start encoding frames beside whatever comes next."""
         return self._encoders.submit(encode_mp4, frames_rgb, self.settings.fps)
 
-    def character(self, source: Source) -> Character | None:
-        """The character that a source drives; None for training clips."""
-        by_column = self.settings.reference == "column"
-        if by_column and not source.reference:
-            raise Rejected("no_reference", f"{source.path}: its row of the manifest names no reference")
-        if self.settings.purpose != "drive":
-            return None
-        return self._character(str(source.reference) if by_column else self.settings.reference)
-
-    def _character(self, path: str) -> Character:
-        if path not in self._characters:
-            self._characters.clear()  # one at a time: manifests may name a new one in every row
-            wants_pose = self.settings.retarget != "none" and self.networks is not None
-            self._characters[path] = load_character(
-                path,
-                area=self.settings.area,
-                divisor=self.settings.divisor,
-                profile=self.profile,
-                measure=self.networks.measure_picture if wants_pose and self.networks else None,
-            )
-        return self._characters[path]
-
     def sample(self, source: Source, info: VideoInfo) -> Int:
         """Choose the frames of a video that are looked at."""
         pts, fps = info.pts_seconds, self.settings.fps
@@ -120,3 +97,18 @@ class Pipeline:
                 f"{info.duration_seconds:.2f} s",
             )
         return indices[inside]
+
+
+def _characters(settings: Settings, networks: PeopleNetworks | None, runtime: Runtime) -> Characters:
+    """The characters, with what their retargeting needs."""
+    if networks is None or settings.retarget == "none":
+        return Characters(settings, measure=None, poses=None)
+    poses = None
+    if settings.retarget == "two_step":
+        editor = None
+        if settings.flux is not None:
+            from preprocessing.flux import FluxKontextEditor
+
+            editor = FluxKontextEditor(Path(settings.flux), device=runtime.torch_device, seed=settings.flux_seed)
+        poses = StandardPoses(networks.measure_picture, editor=editor, folder=runtime.edits)
+    return Characters(settings, measure=networks.measure_picture, poses=poses)

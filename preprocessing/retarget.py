@@ -1,6 +1,7 @@
 """Poses of one person carried over to another's proportions, size and place in the picture."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,15 @@ class Retargeting:
     shift_xy: Float
     width: int
     height: int
+
+    def described(self) -> dict[str, Any]:
+        """In plain values, for a row's provenance."""
+        return {
+            "length_ratios": self.length_ratios.tolist(),
+            "scale": self.scale,
+            "shift_xy": self.shift_xy.tolist(),
+            "canvas_hw": [self.height, self.width],
+        }
 
 
 def fit_retargeting(

@@ -12,7 +12,7 @@ from preprocessing.windows import People
 Kind = Literal["animate", "clips"]
 Purpose = Literal["train", "drive"]
 SegmenterKind = Literal["onnx", "sam2", "transformers"]
-Retarget = Literal["none", "one_step"]
+Retarget = Literal["none", "one_step", "two_step"]
 AUTOMATIC_REFERENCES = ("auto", "first", "column")
 
 
@@ -26,7 +26,9 @@ class Settings:
     people: `largest` gives one clip a stretch of time, `all` one for every person in it.
     reference: `auto` takes the best-scored frame of the clip's own track outside the clip where there is one,
         `first` the track's first frame, `column` the picture that the manifest names; otherwise a picture file.
-    retarget: fit the pose to the reference's proportions.
+    retarget: fit the pose to the reference's proportions: `one_step` measures bones in the video and the reference,
+        `two_step` in pictures of both people in a standard pose: edited_template and edited_reference, or the
+        manifest's, or else made by the FLUX.1-Kontext pipeline in the folder `flux`.
     quality: bounds of figures, by name; a clip outside one is rejected.
     """
 
@@ -35,6 +37,10 @@ class Settings:
     people: People = "largest"
     reference: str = "auto"
     retarget: Retarget = "none"
+    edited_template: str | None = None
+    edited_reference: str | None = None
+    flux: str | None = None
+    flux_seed: int = 0
     caption: str = ""
     num_frames: int = 77
     stride: int | None = None
@@ -76,6 +82,9 @@ class Settings:
             )
         if not is_drive and self.retarget != "none":
             problems.append("--retarget is for --purpose drive: training clips show the person that moves")
+        edits = ("edited_template", "edited_reference", "flux")
+        if self.retarget != "two_step" and (given := [name for name in edits if getattr(self, name) is not None]):
+            problems.append(f"--{given[0].replace('_', '-')} is for --retarget two-step")
         if not is_drive and self.reference not in AUTOMATIC_REFERENCES:
             problems.append(
                 f"--reference {self.reference} is for --purpose drive: use auto or first, the same person, or column"
@@ -115,13 +124,14 @@ class Runtime:
     """How networks run: it changes how fast clips come, not what they are (but for the last bits).
 
     provider: of onnxruntime; device_id: its GPU. num_threads: of the CPU for one network, 0 for all cores.
-    batch_frames: frames that a network takes at a time.
+    batch_frames: frames that a network takes at a time. edits: folder for pictures that are edited on the way.
     """
 
     provider: str = "cpu"
     device_id: int = 0
     num_threads: int = 1
     batch_frames: int = 8
+    edits: Path | None = None
 
     @property
     def torch_device(self) -> str:

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import json
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -58,7 +59,7 @@ class VideoPass:
         self.pipeline, self.settings, self.profile = pipeline, pipeline.settings, pipeline.profile
         self.source, self.info = source, info
         self.indices = pipeline.sample(source, info)
-        self.character = pipeline.character(source)
+        self.character = pipeline.characters.of(source)
         caption = caption_of(source)
         self.origin = Origin(
             path=source.path,
@@ -256,10 +257,12 @@ class VideoPass:
 
     def _fit(self, drafts: TrackDrafts) -> Retargeting | None:
         """What carries the driving person over to the character: one for a whole track."""
-        networks = self.pipeline.networks
-        if not drafts.keypoints or self.character is None or networks is None:
+        if not drafts.keypoints or self.character is None:
             return None
-        return networks.fit(np.concatenate(drafts.keypoints), self.hw, self.character)
+        best = drafts.references.best_for(range(0))
+        return self.pipeline.characters.fit(
+            self.source, self.character, np.concatenate(drafts.keypoints), self.hw, best.picture_rgb
+        )
 
     def _reference(
         self, drafts: TrackDrafts, window: Window, row: dict[str, Any], fit: Retargeting | None
@@ -278,7 +281,10 @@ class VideoPass:
                 best = drafts.references.first
             picture, canvas, kind, seconds = best.picture_rgb, hw, "frame", best.seconds
             pose = pose62(keypoints, hw, profile=self.profile)
-        return reference_columns(picture, kind=kind, seconds=seconds, pose=pose, canvas_hw=canvas, purpose=purpose)
+        columns = reference_columns(picture, kind=kind, seconds=seconds, pose=pose, canvas_hw=canvas, purpose=purpose)
+        if fit is not None:
+            columns["provenance"] = json.dumps({**json.loads(row["provenance"]), "retargeting": fit.described()})
+        return columns
 
     def _nothing_found(self) -> Rejected:
         path, settings = self.source.path, self.settings

@@ -19,7 +19,7 @@ from small_runs import (
 )
 
 from preprocessing.canvas import resize_by_area
-from preprocessing.inputs import find_sources
+from preprocessing.inputs import Source, find_sources
 from preprocessing.pipeline import Rejected
 from preprocessing.quality import mean_keypoint_score
 from preprocessing.thresholds import Bound
@@ -220,7 +220,7 @@ def drives(short):
     """Driving rows of `short` for the same character, fitted to him and not."""
     picture = str(DEMO / "reference/man.png")
     fitted, plain = (pipeline(purpose="drive", reference=picture, retarget=how) for how in ("one_step", "none"))
-    (character,) = fitted._characters.values()
+    character = fitted.characters.of(Source(path=str(short)))
     return character, process(fitted, short), process(plain, short)
 
 
