@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from preprocessing.inputs import Source
 from preprocessing.leases import LEASE_SECONDS, VIDEOS_FILE, WORK_FOLDER, Leases, new_job_name
-from preprocessing.ledger import Ledger, Outcome, to_retry
+from preprocessing.ledger import Ledger, Outcome
 from preprocessing.processes import WorkerProcess, WorkerSetup, start_worker
 from preprocessing.settings import ModelFiles, Runtime, Settings
+from preprocessing.video_queue import VideoQueue
 from wan_accel.data import store
 from wan_accel.data.schema import clips_features
 
@@ -107,15 +108,7 @@ class _Job:
     ) -> None:
         self.output, self.described, self.options = output, described, options
         self.ledger = Ledger(output)
-        retried = to_retry(self.ledger, options.retry_rejected) if options.retry_rejected is not None else set()
-        self.skip = frozenset(store.ids(output, "clip_id")) if retried else frozenset()
-        finished = set(self.ledger.outcomes) - retried
-        unique = {source.key: source for source in sources}
-        self.todo = deque(source for key, source in unique.items() if key not in finished)
-        self.num_todo = len(self.todo)
-        self.retried = {key: self.ledger.outcomes[key].time for key in retried}
-        self.elsewhere: deque[Source] = deque()
-        self.num_videos = len(unique)
+        self.queue = VideoQueue(sources, output, self.ledger, retry=options.retry_rejected)
         self.name = new_job_name()
         self.leases: Leases | None = None
         self.scratch = scratch_folder(options.scratch, self.name)
@@ -135,9 +128,9 @@ class _Job:
     def run(self) -> Summary:
         previous = signal.signal(signal.SIGTERM, _interrupt)
         try:
-            if self.todo:
+            if self.queue:
                 self._open()
-                with tqdm(total=self.num_todo, desc="videos", unit="video", disable=None) as self.bar:
+                with tqdm(total=self.queue.num_todo, desc="videos", unit="video", disable=None) as self.bar:
                     self._work()
         except BaseException:
             self._stop()
@@ -157,14 +150,14 @@ class _Job:
 
     def _open(self) -> None:
         """Start the workers; the output is claimed when one can work, so that a bad network leaves no folder behind."""
-        for runtime in self.options.runtimes[: len(self.todo)]:
+        for runtime in self.options.runtimes[: self.queue.num_todo]:
             self._start(runtime)
         while not any(worker.is_ready for worker in self.workers):
             for connection in wait([w.connection for w in self.workers]):
                 self._listen(next(w for w in self.workers if w.connection is connection))
         store.claim_output(self.output, schema=str(self.described["schema"]), settings=self.described)
         self.leases = Leases(self.output, self.name, lease_seconds=self.options.lease_seconds)
-        store.write_json(self.output / WORK_FOLDER / VIDEOS_FILE, {"num_videos": self.num_videos})
+        store.write_json(self.output / WORK_FOLDER / VIDEOS_FILE, {"num_videos": self.queue.num_videos})
         self.scratch.mkdir(parents=True)
         dead = self.leases.bury()
         for job in dead:
@@ -195,9 +188,9 @@ class _Job:
                 worker.current, worker.started = doomed, time.monotonic()
                 worker.connection.send(("give_up", doomed.key, record))
             elif (source := self._claim()) is not None:
-                worker.send(source, self.skip if source.key in self.retried else frozenset())
+                worker.send(source, self.queue.clips_to_skip(source))
         busy = any(w.current is not None or not w.is_ready for w in self.workers)
-        if busy or self.todo or self.doomed:
+        if busy or self.queue or self.doomed:
             return True
         if any(w.uncommitted for w in self.workers):
             for worker in self.workers:
@@ -208,40 +201,20 @@ class _Job:
 
     def _claim(self) -> Source | None:
         assert self.leases is not None
-        while self.todo:
-            source = self.todo.popleft()
-            if not self.leases.claim(source.key):
-                self.elsewhere.append(source)
-                continue
-            # It may have been committed between the last look and the claim, never after the claim.
-            self.ledger.refresh()
-            if self._is_finished(source.key):
-                self.leases.release([source.key])
-                self._count_elsewhere()
-                continue
-            return source
-        return None
-
-    def _is_finished(self, key: str) -> bool:
-        outcome = self.ledger.outcomes.get(key)
-        return outcome is not None and outcome.time > self.retried.get(key, -1.0)
+        before = self.queue.num_elsewhere_done
+        source = self.queue.claim(self.leases)
+        self.bar.update(self.queue.num_elsewhere_done - before)
+        return source
 
     def _others_work(self) -> bool:
-        """Look again at videos that other jobs had: done by now, or free because the job died."""
-        if not self.elsewhere:
+        """Wait for other jobs; False when they have nothing of this job's videos."""
+        if not self.queue.waits_for_others:
             return False
         time.sleep(_WAIT_SECONDS)
-        self.ledger.refresh()
-        for _ in range(len(self.elsewhere)):
-            source = self.elsewhere.popleft()
-            if self._is_finished(source.key):
-                self._count_elsewhere()
-            else:
-                self.todo.append(source)
-        return bool(self.todo)
-
-    def _count_elsewhere(self) -> None:
-        self.bar.update(1)
+        before = self.queue.num_elsewhere_done
+        self.queue.look_elsewhere()
+        self.bar.update(self.queue.num_elsewhere_done - before)
+        return bool(self.queue)
 
     def _listen(self, worker: WorkerProcess) -> None:
         try:
@@ -307,7 +280,7 @@ class _Job:
         self.crashes[source.key] += 1
         if reason == "crashed" and self.crashes[source.key] < _MOST_CRASHES:
             logger.warning("%s: its worker ended with code %s; tried once more", source.key, code)
-            self.todo.appendleft(source)
+            self.queue.put_back(source)
             return
         detail = f"{source.path}: its worker ended with code {code}, {_MOST_CRASHES} times"
         if reason == "timeout":
@@ -321,7 +294,7 @@ class _Job:
             self.num_clips -= outcome.num_clips
             self.num_rejected -= outcome.is_rejected
             self.bar.update(-1)
-            self.todo.appendleft(source)
+            self.queue.put_back(source)
         worker.uncommitted = []
 
     def _check_time(self) -> None:
@@ -355,7 +328,7 @@ class _Job:
     def _summary(self) -> Summary:
         outcomes = self.ledger.outcomes.values()
         return Summary(
-            todo=self.num_todo,
+            todo=self.queue.num_todo,
             clips=self.num_clips,
             finished=sum(not o.is_rejected for o in outcomes),
             rejected=sum(o.is_rejected for o in outcomes),

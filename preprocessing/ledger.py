@@ -1,6 +1,8 @@
 """What became of every video: read from the parts' sidecars, where it counts exactly when the rows do."""
 
 import json
+import os
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 from wan_accel.data.store import StoreError, write_lines
 
 REJECTED_FILE = "rejected.jsonl"
+_SETTLED_NANOSECONDS = 60 * 10**9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,12 +40,13 @@ class Ledger:
     def __init__(self, output: Path) -> None:
         self._output = output
         self._seen: set[Path] = set()
+        self._changed: dict[Path, int | None] = {}
         self.outcomes: dict[str, Outcome] = {}
         self.refresh()
 
     def refresh(self) -> None:
         """Read what was committed since, by any job."""
-        for path in sorted(set(self._output.glob("parts/*/data-*.arrow.json")) - self._seen):
+        for path in sorted(self._new_sidecars()):
             try:
                 journal = json.loads(path.read_text()).get("journal") or {"videos": []}
                 outcomes = [Outcome(**entry) for entry in journal["videos"]]
@@ -55,6 +59,17 @@ class Ledger:
                 known = self.outcomes.get(outcome.key)
                 if known is None or known.time <= outcome.time:
                     self.outcomes[outcome.key] = outcome
+
+    def _new_sidecars(self) -> set[Path]:
+        """List folders that changed since the last look only: a large run has ten thousands of parts."""
+        sidecars: set[Path] = set()
+        for folder in (self._output / "parts").glob("*"):
+            changed = _mtime_now(folder)
+            if self._changed.get(folder) != changed:
+                sidecars |= set(folder.glob("data-*.arrow.json")) - self._seen
+            # A change that is as young as this may not be the last one within a tick of the file system's clock.
+            self._changed[folder] = changed if time.time_ns() - changed > _SETTLED_NANOSECONDS else None
+        return sidecars
 
     def rejections(self) -> list[dict[str, Any]]:
         """All records of videos and clips that were turned down, in a fixed order."""
@@ -69,6 +84,15 @@ class Ledger:
     def reasons(self) -> Counter[str]:
         """How often each reason turned a video or a clip down."""
         return Counter(record["reason"] for record in self.rejections())
+
+
+def _mtime_now(folder: Path) -> int:
+    """When a folder changed last, nanoseconds; opened first, for which a network file system asks its server."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        return os.fstat(descriptor).st_mtime_ns
+    finally:
+        os.close(descriptor)
 
 
 def to_retry(ledger: Ledger, reasons: str | None) -> set[str]:
