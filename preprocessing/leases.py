@@ -2,7 +2,7 @@
 
 <output>/work/jobs/<job>.json    who the job is; its modification time is the job's heartbeat
 <output>/work/videos.json        how many videos the latest job was given
-<output>/work/leases/<hash>      one file a claimed video, holding the job's name
+<output>/work/leases/<hash>.<n>  claims of a video, each holding a job's name; the last one counts
 <output>/work/contents/<hash>    one file a content, holding the key of the first video that has it
 """
 
@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
@@ -60,44 +61,36 @@ class Leases:
 
     def claim(self, key: str) -> bool:
         """Claim a video; False where another living job has it."""
-        path = self._path(key)
-        if self.holds(key):
+        chain = _chain(self._leases, key)
+        if chain and chain[-1].owner == self.job:
             return True
-        while True:
-            try:
-                descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            except FileExistsError:
-                if not self._take_away(path):
-                    return False
-                continue
-            with os.fdopen(descriptor, "w") as file:
-                file.write(self.job)
-            return True
-
-    def _take_away(self, path: Path) -> bool:
-        """Free a lease whose job is gone; of several that try, one succeeds. True: try to claim again."""
-        try:
-            owner = path.read_text()
-        except FileNotFoundError:
-            return True
-        # An empty file is a claim at this moment, or one that was killed between two system calls.
-        if self.is_alive(owner) or (not owner and self._age(path) < self._lease_seconds):
+        if chain and self._is_held(chain[-1]):
             return False
-        with suppress(FileNotFoundError):
-            taken = path.with_name(f"{path.name}.{uuid4().hex[:8]}")
-            path.rename(taken)
-            taken.unlink()
+        try:
+            # Exclusive: of several jobs that found the last lease free, one makes the next. Nothing is taken away, so
+            # that a job that read an old state, and stood still meanwhile, cannot end a lease that it never saw.
+            descriptor = os.open(_lease_path(self._leases, key, len(chain)), os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            return False
+        with os.fdopen(descriptor, "w") as file:
+            file.write(self.job)
         return True
+
+    def _is_held(self, lease: "_Lease") -> bool:
+        # An empty file is a claim at this moment, or one that was killed between two system calls.
+        return self.is_alive(lease.owner) or (not lease.owner and self._age(lease.path) < self._lease_seconds)
 
     def holds(self, key: str) -> bool:
         """Say whether a claim is still this job's: it is lost after a standstill longer than the lease."""
         return holds(self._leases.parents[1], key, self.job)
 
     def release(self, keys: Iterable[str]) -> None:
-        """Give claims back."""
+        """Give claims of finished videos back: whoever claims them next finds them done."""
         for key in keys:
-            if self.holds(key):
-                self._path(key).unlink(missing_ok=True)
+            chain = _chain(self._leases, key)
+            if chain and chain[-1].owner == self.job:
+                for lease in chain:  # the oldest first: the last one may not count again
+                    lease.path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Stop the heartbeat; claims that are left are free for others."""
@@ -119,10 +112,9 @@ class Leases:
 
     def _age(self, path: Path) -> float:
         self._file.touch()
-        return self._file.stat().st_mtime - path.stat().st_mtime
-
-    def _path(self, key: str) -> Path:
-        return self._leases / _lease_name(key)
+        with suppress(FileNotFoundError):
+            return self._file.stat().st_mtime - path.stat().st_mtime
+        return 0.0
 
 
 def first_with_content(output: Path, content: str, key: str) -> str:
@@ -146,10 +138,8 @@ def first_with_content(output: Path, content: str, key: str) -> str:
 
 def holds(output: Path, key: str, job: str) -> bool:
     """Say whether `job` has the claim of a video; worker processes ask before they commit."""
-    try:
-        return (output / WORK_FOLDER / "leases" / _lease_name(key)).read_text() == job
-    except FileNotFoundError:
-        return False
+    chain = _chain(output / WORK_FOLDER / "leases", key)
+    return bool(chain) and chain[-1].owner == job
 
 
 def living_jobs(output: Path, *, lease_seconds: float = LEASE_SECONDS) -> list[str]:
@@ -166,6 +156,26 @@ def _is_alive(path: Path, *, now: float, lease_seconds: float) -> bool:
         return now - path.stat().st_mtime < lease_seconds
     except (FileNotFoundError, json.JSONDecodeError):
         return False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Lease:
+    path: Path
+    owner: str
+
+
+def _chain(folder: Path, key: str) -> list[_Lease]:
+    """All claims of a video, the one that counts last."""
+    chain: list[_Lease] = []
+    with suppress(FileNotFoundError):
+        while True:
+            path = _lease_path(folder, key, len(chain))
+            chain.append(_Lease(path=path, owner=path.read_text()))
+    return chain
+
+
+def _lease_path(folder: Path, key: str, number: int) -> Path:
+    return folder / f"{_lease_name(key)}.{number}"
 
 
 def _lease_name(key: str) -> str:

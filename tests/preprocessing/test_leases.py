@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from preprocessing.leases import Leases, living_jobs, new_job_name
+from preprocessing.leases import Leases, holds, living_jobs, new_job_name
 
 HOLDER = """
 import sys, time
@@ -107,11 +107,40 @@ sys.stdin.readline()
     for taker in takers:
         taker.wait()
     assert sum(counts) == 50
-    assert not list((tmp_path / "work/leases").glob("*.*"))
+    assert len(list((tmp_path / "work/leases").iterdir())) == 2 * 50  # the dead job's, and one for each video
+
+
+def test_a_job_that_stood_still_cannot_end_a_lease_that_it_never_saw(job, tmp_path, monkeypatch):
+    """It finds the dead job's lease, stands still while another takes over, and goes on with what it knows."""
+    dead, other = (Leases(tmp_path, name, lease_seconds=30) for name in ("dead", "other"))
+    assert dead.claim("video")
+    dead.close()
+    look = Leases._is_held
+
+    def look_and_stand_still(leases, lease):
+        held = look(leases, lease)
+        if leases is job:
+            assert other.claim("video")
+        return held
+
+    monkeypatch.setattr(Leases, "_is_held", look_and_stand_still)
+    assert not job.claim("video")
+    assert (other.holds("video"), job.holds("video")) == (True, False)
+    other.close()
+
+
+def test_a_released_video_leaves_nothing_and_wakes_no_older_lease(job, tmp_path):
+    foreign(tmp_path, age_seconds=2.0)
+    assert job.claim("video")
+    job.release(["video"])
+    assert list((tmp_path / "work/leases").iterdir()) == []
+    assert not holds(tmp_path, "video", "elsewhere")
 
 
 def test_an_empty_lease_is_a_claim_at_this_moment(job, tmp_path):
-    job._path("video").touch()
+    assert job.claim("video")
+    (lease,) = (tmp_path / "work/leases").iterdir()
+    lease.write_text("")
     assert not job.claim("video")
-    os.utime(job._path("video"), (0, 0))  # ... or one that was killed long ago
+    os.utime(lease, (0, 0))  # ... or one that was killed long ago
     assert job.claim("video")
