@@ -16,6 +16,7 @@ _BT601, _LIMITED_RANGE = 6, 1  # numbers of ITU-T H.273
 # CRF values tried in turn, and x264 options beyond the preset's. The first CRF gives 43-49 dB on camera footage and
 # face crops; noise and text need the later ones. "superfast" drops what costs time and hardly quality at 42 dB: for
 # 90 frames of 480x832 it takes 0.8 s of one core and 3.1 MB, "ultrafast" 0.7 s and 5.0 MB, "medium" 3.6 s and 1.9 MB.
+_LOSSLESS = (0,)
 _LEAN = "bframes=0:cabac=0:no-deblock=1:rc-lookahead=0:mbtree=0"
 PRESETS: dict[str, tuple[tuple[int, ...], dict[str, str]]] = {
     "ultrafast": ((11, 6, 2, 0), {}),
@@ -30,7 +31,8 @@ def encode_mp4(
     """Encode (T, H, W, 3) frames as H.264 in MP4, at least `min_psnr_db` from the input when decoded.
 
     The result is decoded and measured; the quality rises until it suffices. 4:4:4 chroma, because 4:2:0 alone
-    costs coloured edges several dB; one thread, so that the same frames always give the same bytes.
+    costs coloured edges several dB; one thread, so that the same frames always give the same bytes. `math.inf` asks
+    for lossless coding at once, which black and white frames survive (others lose a little to the change of colours).
     Returns the bytes and the settings used, with the PSNR reached (99 for equal frames), for provenance.
     Raises ValueError for no frames, an unknown preset, or a PSNR beyond that of lossless coding.
     """
@@ -40,7 +42,7 @@ def encode_mp4(
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r}: use one of {', '.join(PRESETS)}")
     ladder, extra = PRESETS[preset]
-    for crf in ladder:
+    for crf in ladder if min_psnr_db < math.inf else _LOSSLESS:
         settings = {"codec": "libx264", "pix_fmt": "yuv444p", "crf": crf, "preset": preset, **extra}
         data = _encode(frames_rgb, fps, {"crf": str(crf), "preset": preset, **extra})
         reached = _decoded_psnr_db(data, frames_rgb)

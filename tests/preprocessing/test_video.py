@@ -213,3 +213,10 @@ def test_a_quality_beyond_lossless_is_refused():
         encode_mp4(noise_frames(2), 30, min_psnr_db=120)
     with pytest.raises(ValueError, match="no frames to encode"):
         encode_mp4(noise_frames(0), 30)
+
+
+def test_black_and_white_frames_are_lossless_at_once():
+    frames = (noise_frames(3)[..., :1] > 127).repeat(3, axis=-1).astype(np.uint8) * 255
+    data, settings = encode_mp4(frames, 30, min_psnr_db=math.inf)
+    assert (decode_mp4(data) == frames).all()
+    assert (settings["crf"], settings["psnr_db"]) == (0, 99.0)
