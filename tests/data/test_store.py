@@ -138,6 +138,24 @@ def test_a_writer_that_finishes_between_reading_and_writing_the_state_is_not_los
     assert not pending and numbers_of(root) == [0, 1, 2, 3, 4, 5]
 
 
+def test_whole_tables_go_in_beside_rows_and_parts_are_cut(root):
+    write(root, range(40), writer="rows")
+    table = load_from_disk(str(root)).data.table
+    with store.PartWriter(root, writer="tables", features=FEATURES, part_bytes=40_000) as writer:
+        writer.write(row(90))
+        for start in range(0, 40, 10):
+            writer.write_table(table.slice(start, 10).combine_chunks())
+    parts = [sidecar.rows for part, sidecar in store.parts(root).items() if part.parent.name == "tables"]
+    assert sum(parts) == 41 and len(parts) > 1
+    assert sorted(numbers_of(root)) == sorted([*range(40), 90, *range(40)])
+    assert store.verify(root) == []
+    with (
+        store.PartWriter(root, writer="wrong", features=FEATURES) as writer,
+        pytest.raises(store.StoreError, match="have other columns than it: schema, mask"),
+    ):
+        writer.write_table(table.drop_columns(["clip_id"]))
+
+
 def test_an_unknown_column_is_refused(root):
     with (
         pytest.raises(store.StoreError, match=r"columns that .*out does not have: captoin"),

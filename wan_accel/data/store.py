@@ -199,6 +199,21 @@ class PartWriter:
         self._written_rows += len(self._rows)
         self._rows, self._buffered = [], 0
 
+    def write_table(self, table: pa.Table) -> None:
+        """Append rows that have the dataset's columns already, bit by bit; see `write`.
+
+        Raises StoreError for other columns.
+        """
+        if table.column_names != list(self.features):
+            raise StoreError(f"rows for {self.root} have other columns than it: {', '.join(table.column_names)}")
+        self._write_batch()
+        with _full_disk(self._part):
+            self._open()
+            self._stream.write_table(table)
+        self._written_rows += len(table)
+        if self._file is not None and self._file.tell() >= self.part_bytes:
+            self.flush()
+
     def _open(self) -> IO[bytes]:
         """The part's file; opened with the first rows, or for a part without any."""
         if self._file is None:
