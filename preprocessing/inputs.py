@@ -46,7 +46,7 @@ class Source:
     def key(self) -> str:
         """What this work is called in journals: the absolute path or URL, with the interval if there is one."""
         # Not resolve(): it asks the file system about every folder of every path.
-        place = self.path if _is_remote(self.path) else os.path.abspath(self.path)
+        place = self.path if is_remote(self.path) else os.path.abspath(self.path)
         if self.start_seconds is None and self.end_seconds is None:
             return place
         ends = ["" if end is None else f"{end:g}" for end in (self.start_seconds, self.end_seconds)]
@@ -71,7 +71,7 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
 def _sources(given: str) -> Iterator[Source]:
     if given.lower().endswith(_MANIFEST_ENDINGS):
         yield from read_manifest(given)
-    elif _is_remote(given):
+    elif is_remote(given):
         yield from _remote_videos(given)
     elif Path(given).is_dir():
         inside = sorted(p for p in Path(given).rglob("*") if p.suffix.lower() in VIDEO_ENDINGS)
@@ -185,9 +185,9 @@ def _seconds(name: str, value: Any) -> float:
 
 def _beside(manifest: str, path: str) -> str:
     """A path as it is meant: relative ones start at the manifest's folder."""
-    if _is_remote(path) or Path(path).is_absolute():
+    if is_remote(path) or Path(path).is_absolute():
         return path
-    if _is_remote(manifest):
+    if is_remote(manifest):
         return f"{manifest.rsplit('/', 1)[0]}/{path}"
     return str(Path(manifest).parent / path)
 
@@ -197,7 +197,7 @@ def caption_of(source: Source) -> str | None:
 
     Raises InputError for a text file that is not UTF-8.
     """
-    if source.caption is not None or _is_remote(source.path):
+    if source.caption is not None or is_remote(source.path):
         return source.caption
     sidecar = Path(source.path).with_suffix(".txt")
     if not sidecar.is_file():
@@ -214,7 +214,7 @@ def local_file(source_path: str, scratch: Path) -> Iterator[Path]:
 
     Raises OSError where the copy fails three times, or is shorter than the original.
     """
-    if not _is_remote(source_path):
+    if not is_remote(source_path):
         yield Path(source_path)
         return
     filesystem, place = _filesystem(source_path)
@@ -249,7 +249,8 @@ def _repeat(action: Callable[[], None], what: str) -> None:
             return
 
 
-def _is_remote(path: str) -> bool:
+def is_remote(path: str) -> bool:
+    """Tell a URL from a path on this machine."""
     return "://" in path
 
 
@@ -266,7 +267,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 def _open(path: str, mode: str, **options: Any) -> Any:
-    if not _is_remote(path):
+    if not is_remote(path):
         return Path(path).open(mode, **options)
     import fsspec
 

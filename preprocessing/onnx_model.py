@@ -25,7 +25,9 @@ class OnnxModel:
     def __init__(
         self, onnx_path: str | Path, *, provider: str = "cpu", num_threads: int = 1, batch_frames: int = 8
     ) -> None:
-        """Open the file. `num_threads` is of the CPU, inside one operator.
+        """Open the file, or the `end2end.onnx` of a folder: a network beyond 2 GB lies there with its weights.
+
+        `num_threads` is of the CPU, inside one operator.
 
         Raises ValueError for a missing or damaged file and for a provider that this onnxruntime lacks: it is
         never replaced by another one.
@@ -33,6 +35,7 @@ class OnnxModel:
         import onnxruntime
 
         path = Path(onnx_path)
+        path = path / "end2end.onnx" if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"{path}: no such model file")
         wanted = _PROVIDERS.get(provider, provider)
