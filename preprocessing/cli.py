@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from preprocessing import exchange
 from preprocessing.options import parser
 
 _INTERRUPTED = 130
@@ -66,13 +67,17 @@ def _cutting(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _models(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The networks' files: each as given, else from --models."""
+    from preprocessing.released_models import RELEASED, find_models
     from preprocessing.segmentation import kind_of_segmenter
     from preprocessing.settings import ModelFiles
 
-    paths = {name: getattr(arguments, name) for name in ("detector", "pose", "segmenter")}
-    given = {name: path for name, path in paths.items() if path is not None}
-    if missing := [f"--{name}" for name in paths if name not in given]:
-        raise ValueError(f"{', '.join(missing)}: give the network's file")
+    paths = {name: getattr(arguments, name) for name in RELEASED}
+    found = find_models(arguments.models) if arguments.models is not None else {}
+    given = found | {name: path for name, path in paths.items() if path is not None}
+    if missing := [name for name in paths if name not in given]:
+        where = f", or {arguments.models / RELEASED[missing[0]].path}" if arguments.models is not None else ""
+        flags = ", ".join(f"--{name}" for name in missing)
+        raise ValueError(f"{flags}: give the network's file{where or ', or --models FOLDER'} (wan-preprocess download)")
     models = ModelFiles(**given)
     models.check()
     return models, kind_of_segmenter(models.segmenter)
@@ -163,6 +168,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "animate": _animate, "clips": _clips, "status": _status, "inspect": _inspect, "verify": _verify, "merge": _merge,
+    "export": exchange.export, "import": exchange.import_, "download": exchange.download,
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
+from preprocessing.exchange_options import add_download, add_export, add_import
 from preprocessing.types import PROFILES
 
 
@@ -25,6 +26,9 @@ def parser() -> argparse.ArgumentParser:
         ("inspect", _add_inspect, "report, contact sheets and overlay videos of a dataset"),
         ("verify", _add_verify, "check every part and every clip of a dataset"),
         ("merge", _add_merge, "several datasets -> one, by links"),
+        ("export", add_export, "a dataset -> files for Wan2.2's and DiffSynth's tools, parquet, a hub"),
+        ("import", add_import, "parquet or a hub -> a dataset; DiffSynth's metadata -> a manifest"),
+        ("download", add_download, "the released networks of Wan2.2-Animate, checked"),
     ):
         add(commands.add_parser(name, help=text))
     return result
@@ -58,6 +62,7 @@ def _add_animate(parser: argparse.ArgumentParser) -> None:
     people.add_argument("--flux", help="folder of FLUX.1-Kontext, which makes the edited pictures that are not given")
     people.add_argument("--flux-seed", type=int, default=0, help="another one gives other pictures")
     networks = parser.add_argument_group("networks")
+    networks.add_argument("--models", type=Path, help="folder with all three, as `wan-preprocess download` fills it")
     networks.add_argument("--detector", type=Path, help="ONNX person detector")
     networks.add_argument("--pose", type=Path, help="ONNX whole-body pose network")
     networks.add_argument("--segmenter", type=Path, help="ONNX person segmenter")
