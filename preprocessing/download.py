@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,27 +52,24 @@ def download(output: Path, names: Sequence[str] = tuple(RELEASED), *, revision: 
             whose hash is wrong, which is removed.
         ValueError: the disk is too small; models.json is damaged.
     """
+    places = [output / RELEASED[name].path for name in names]
     records = read_record(output)
-    known = files_of(names, list(records))
-    if revision is None and all(known.values()):
-        wanted = {path: records[path] for paths in known.values() for path in paths}
-        if not check_files(output, wanted):
-            return [output / RELEASED[name].path for name in names]
+    if revision is None and _are_there(output, names, records):
+        return places
     files, commit = _listing(output, names, revision)
-    right = {file.path: sha256 for file in files if (sha256 := _right(output, file)) is not None}
-    missing = [file for file in files if file.path not in right]
-    if missing:
-        _check_space(output, missing)
-        _fetch(output, missing, commit)
-        right |= {file.path: sha256 for file in missing if (sha256 := _right(output, file)) is not None}
+    right = _bring(output, files, commit)
+    # A network counts when all its files do: else the rest of a folder would not be missed the next time.
     of_network = files_of(names, [file.path for file in files])
-    whole = [path for paths in of_network.values() if all(p in right for p in paths) for path in paths]
-    sizes = {file.path: file.bytes for file in files}
-    new = {path: FileRecord(bytes=sizes[path], sha256=right[path], revision=commit) for path in whole}
+    whole = {path for paths in of_network.values() if right.keys() >= {*paths} for path in paths}
+    new = {
+        file.path: FileRecord(bytes=file.bytes, sha256=right[file.path], revision=commit)
+        for file in files
+        if file.path in whole
+    }
     write_record(output, {**records, **new})
     if wrong := [file for file in files if file.path not in right]:
         raise HubError(_wrong(wrong))
-    return [output / RELEASED[name].path for name in names]
+    return places
 
 
 def check(output: Path) -> list[str]:
@@ -84,6 +81,24 @@ def check(output: Path) -> list[str]:
     if not records:
         raise ValueError(f"{output} has no {RECORD_FILE}: nothing was downloaded there, so there is nothing to compare")
     return check_files(output, records)
+
+
+def _are_there(output: Path, names: Sequence[str], records: Mapping[str, FileRecord]) -> bool:
+    """Whether all the networks were downloaded, and nothing happened to them since."""
+    known = files_of(names, list(records))
+    wanted = {path: records[path] for paths in known.values() for path in paths}
+    return all(known.values()) and not check_files(output, wanted)
+
+
+def _bring(output: Path, files: Sequence[HubFile], commit: str) -> dict[str, str]:
+    """Fetch what is not there; path -> sha256 of the files whose hash is the hub's."""
+    right = {file.path: sha256 for file in files if (sha256 := _right(output, file)) is not None}
+    missing = [file for file in files if file.path not in right]
+    if missing:
+        _check_space(output, missing)
+        _fetch(output, missing, commit)
+        right |= {file.path: sha256 for file in missing if (sha256 := _right(output, file)) is not None}
+    return right
 
 
 def _listing(output: Path, names: Sequence[str], revision: str | None) -> tuple[list[HubFile], str]:
@@ -150,10 +165,10 @@ def _right(output: Path, file: HubFile) -> str | None:
     if not path.is_file():
         return None
     sha256 = sha256_file(path)
-    if sha256 == file.sha256 if file.sha256 else _git_sha1(path) == file.git_sha1:
-        return sha256
-    path.unlink()
-    return None
+    agrees = (sha256 == file.sha256) if file.sha256 else (_git_sha1(path) == file.git_sha1)
+    if not agrees:
+        path.unlink()
+    return sha256 if agrees else None
 
 
 def _wrong(files: Sequence[HubFile]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from preprocessing.export_folders import EXPORT_SCHEMA, ChosenClips, Exported, some
 from preprocessing.mask_growth import WAN_GROWTH, MaskGrowth
 from preprocessing.selection import ALL_CLIPS, Selection
-from preprocessing.wan_files import BACKGROUND, FACE, MASK, POSE, REFERENCE, wan_files
+from preprocessing.wan_files import BACKGROUND, FACE, MASK, POSE, REFERENCE, needed_columns, wan_files
 from wan_accel.data import store
 
 Metadata = Literal["csv", "json"]
@@ -42,9 +42,7 @@ def export_diffsynth(
         ValueError: as `export_wan`; also for clips of purpose drive, and for captions that csv would lose.
     """
     chosen = ChosenClips(dataset, selection)
-    if chosen.is_animate:
-        chosen.check_columns()
-        _refuse_driving(chosen)
+    drawn = _drawn(chosen) if chosen.is_animate else {}
     captions = [caption or "" for caption in chosen.column("caption")]
     if metadata == "csv":
         _refuse_lost(chosen.names, captions)
@@ -55,7 +53,6 @@ def export_diffsynth(
         return {VIDEO: row["video"]["bytes"], **(wan_files(row, growth) if chosen.is_animate else {})}
 
     exported = chosen.write_folders(output, files)
-    drawn = COLUMNS if chosen.is_animate else {}
     entries = [
         {"video": f"{name}/{VIDEO}", "prompt": caption, **{column: f"{name}/{file}" for file, column in drawn.items()}}
         for name, caption in zip(chosen.names, captions)
@@ -63,6 +60,19 @@ def export_diffsynth(
     text = _csv(entries) if metadata == "csv" else json.dumps(entries, indent=1, ensure_ascii=False)
     store.write_lines(output / f"metadata.{metadata}", [text.removesuffix("\n")])
     return exported
+
+
+def _drawn(chosen: ChosenClips) -> dict[str, str]:
+    """File -> column of what is drawn of the clips; raises ValueError for clips that cannot be trained on together."""
+    chosen.check_columns()
+    _refuse_driving(chosen)
+    kinds = {frozenset(needed_columns(modes)) for modes in chosen.column("modes")}
+    if len(kinds) > 1:
+        raise ValueError(
+            "some of the clips serve replacement and some do not, and every row of the metadata has the same columns: "
+            "choose clips of one kind with --where or --clip"
+        )
+    return {file: column for file, column in COLUMNS.items() if file in next(iter(kinds))}
 
 
 def _refuse_driving(chosen: ChosenClips) -> None:

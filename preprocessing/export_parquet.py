@@ -1,6 +1,7 @@
 """Clips leave as parquet shards with a dataset card: a folder for `datasets.load_dataset`, and for a hub."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ SHARD_NAME = re.compile(r"train-(\d{5})-of-(\d{5})\.parquet")
 def export_parquet(
     dataset: Path, output: Path, *, selection: Selection = ALL_CLIPS, shard_bytes: int = SHARD_BYTES
 ) -> Exported:
-    """Write `output/data/train-*.parquet` and `output/README.md`; rows are those of the dataset, bit by bit.
+    """Write `output/data/train-*.parquet` and a card, `output/README.md`; rows are the dataset's, bit by bit.
 
     Shards that are there already are kept, so that an interrupted export goes on, and so is a card, which its
     readers edit. Counts are of clips.
@@ -31,15 +32,11 @@ def export_parquet(
         ValueError: the dataset cannot be used, or no clip is chosen.
     """
     chosen = ChosenClips(dataset, selection)
-    clips = "\n".join(chosen.names).encode()
-    store.claim_output(
-        output,
-        schema=EXPORT_SCHEMA,
-        settings={
-            "layout": "parquet", "dataset": chosen.identity, "num_clips": len(chosen.names),
-            "clips": hashlib.sha256(clips).hexdigest()[:16], "shard_bytes": shard_bytes,
-        },
-    )  # fmt: skip
+    settings = {
+        "layout": "parquet", "dataset": chosen.identity, "num_clips": len(chosen.names), "shard_bytes": shard_bytes,
+        "clips": hashlib.sha256("\n".join(chosen.names).encode()).hexdigest()[:16],
+    }  # fmt: skip
+    store.claim_output(output, schema=EXPORT_SCHEMA, settings=settings)
     sizes = _row_bytes(chosen)
     shards = list(_shards(sizes, shard_bytes))
     (output / DATA_FOLDER).mkdir(exist_ok=True)
@@ -49,7 +46,8 @@ def export_parquet(
         if path.is_file():
             kept += len(shard)
             continue
-        _write_shard(chosen, shard, path, rows_per_group=max(1, len(shard) * _ROW_GROUP_BYTES // max(1, sum(sizes))))
+        num_bytes = sum(sizes[row] for row in shard)
+        _write_shard(chosen, shard, path, rows_per_group=max(1, len(shard) * _ROW_GROUP_BYTES // num_bytes))
     if not (output / "README.md").is_file():
         write_card(chosen, output / "README.md", num_bytes=sum(sizes))
     return Exported(written=len(chosen.rows) - kept, kept=kept)
@@ -81,7 +79,10 @@ def _write_shard(chosen: ChosenClips, shard: range, path: Path, *, rows_per_grou
     temporary = path.with_name(f".{path.name}.tmp")
     disable_progress_bars()  # a bar a shard, beside our own
     try:
-        rows.to_parquet(str(temporary), batch_size=rows_per_group)
+        with temporary.open("wb") as file:
+            rows.to_parquet(file, batch_size=rows_per_group, write_page_checksum=True)
+            file.flush()
+            os.fsync(file.fileno())
     finally:
         enable_progress_bars()
     temporary.rename(path)

@@ -51,7 +51,7 @@ def push(folder: Path, repo_id: str, *, private: bool = False, revision: str | N
         folder: what `export_parquet` wrote.
         repo_id: `user/name` of the repository.
         private: make it readable by its owner only; otherwise as the owner's repositories are.
-        revision: a branch, made if need be; by default `main`.
+        revision: a branch, by default `main`; one that is not there begins without the files of the others.
 
     Raises:
         HubError: the hub refuses or cannot be reached; it holds shards of another export, or is public where private
@@ -65,13 +65,14 @@ def push(folder: Path, repo_id: str, *, private: bool = False, revision: str | N
         if private and not api.dataset_info(repo_id).private:
             raise HubError(f"{repo_id} is there already and public: make it private on the hub, or leave --private out")
         if revision is not None:
-            api.create_branch(repo_id, branch=revision, repo_type="dataset", exist_ok=True)
+            first = api.list_repo_commits(repo_id, repo_type="dataset")[-1].commit_id
+            api.create_branch(repo_id, branch=revision, revision=first, repo_type="dataset", exist_ok=True)
         there = set(api.list_repo_files(repo_id, repo_type="dataset", revision=revision))
         ours = {path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")}
         if foreign := sorted(file for file in there - ours if file.endswith(".parquet")):
             raise HubError(
                 f"{repo_id} holds {foreign[0]}, which is not of this export: choose another --repo-id or --revision, "
-                "or remove its data folder there"
+                "or remove its data/ there"
             )
         api.upload_folder(
             repo_id=repo_id, folder_path=folder, repo_type="dataset", revision=revision, ignore_patterns=list(_OURS),

@@ -45,16 +45,7 @@ def import_diffsynth(metadata: Path, output: Path, *, base_path: Path | None = N
     if VIDEO not in names:
         found = f"columns {', '.join(names)}" if names else "nothing"
         raise InputError(f"{metadata} has no column {VIDEO!r} but {found}: is it the metadata of videos?")
-    base = base_path or metadata.parent
-    entries: list[dict[str, str]] = []
-    problems: list[str] = []
-    first: dict[str, int] = {}
-    for number, row in enumerate(rows, start=1):
-        entry, wrong = _entry(row, base)
-        if (path := entry.get("path")) is not None and first.setdefault(path, number) != number:
-            wrong.append(f"{path} is in row {first[path]} already; a manifest has a video once, with one caption")
-        problems += [f"row {number}: {problem}" for problem in wrong]
-        entries.append(entry)
+    entries, problems = _entries(rows, base_path or metadata.parent)
     if problems:
         more = f"\n  and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
         listed = "".join(f"\n  {problem}" for problem in problems[:_SHOWN_PROBLEMS])
@@ -79,6 +70,20 @@ def _read(metadata: Path) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{metadata}: expected a list of rows, each with names and values")
     return rows
+
+
+def _entries(rows: Sequence[dict[str, Any]], base: Path) -> tuple[list[dict[str, str]], list[str]]:
+    """The lines of the manifest, and what is wrong with all rows."""
+    entries: list[dict[str, str]] = []
+    problems: list[str] = []
+    first: dict[str, int] = {}
+    for number, row in enumerate(rows, start=1):
+        entry, wrong = _entry(row, base)
+        if (path := entry.get("path")) is not None and first.setdefault(path, number) != number:
+            wrong.append(f"{path} is in row {first[path]} already; a manifest has a video once, with one caption")
+        problems += [f"row {number}: {problem}" for problem in wrong]
+        entries.append(entry)
+    return entries, problems
 
 
 def _entry(row: dict[str, Any], base: Path) -> tuple[dict[str, str], list[str]]:

@@ -1,5 +1,7 @@
 """Parquet shards of clips become a dataset again, row by row the same."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,7 @@ from wan_accel.data import store
 from wan_accel.data.schema import CLIPS_SCHEMA, check_schema, clips_features
 
 if TYPE_CHECKING:
+    import pyarrow.parquet as pq
     from datasets import Features
 
 _BATCH_ROWS = 16
@@ -21,8 +24,9 @@ def import_parquet(folder: Path, output: Path) -> int:
     A shard becomes a part. Parts that are there already are kept, so that an interrupted import goes on.
 
     Raises:
-        StoreError: shards are missing, damaged, of other columns or of different exports, a clip is there twice, or
-            `output` holds something else. Nothing is written then.
+        StoreError: shards are missing, cut short, of other columns or of different exports, a clip is there twice, or
+            `output` holds something else: nothing is written then. A shard whose content is damaged: those before it
+            are kept.
         SchemaError: rows of another schema.
     """
     shards = _find(folder)
@@ -56,21 +60,16 @@ def _find(folder: Path) -> list[Path]:
 
 def _check_all(shards: list[Path]) -> "Features":
     """Check columns, schema and names of all shards before anything is written; returns the columns."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
     from datasets import Features
 
     features: Features | None = None
     seen: set[str] = set()
     for shard in shards:
-        try:
-            with pq.ParquetFile(shard) as file:
-                columns = Features.from_arrow_schema(file.schema_arrow)
-                features = features or columns
-                _check_columns(shard, columns, features)
-                names = file.read(columns=["schema", "clip_id"])
-        except (pa.ArrowException, OSError) as error:
-            raise store.StoreError(f"{shard} is damaged ({str(error).splitlines()[0]}): copy it again") from error
+        with _reading(shard) as file:
+            columns = Features.from_arrow_schema(file.schema_arrow)
+            features = features or columns
+            _check_columns(shard, columns, features)
+            names = file.read(columns=["schema", "clip_id"])
         for schema in names["schema"].unique().to_pylist():
             check_schema(schema, CLIPS_SCHEMA, str(shard))
         for name in names["clip_id"].to_pylist():
@@ -93,11 +92,23 @@ def _check_columns(shard: Path, columns: "Features", first: "Features") -> None:
 def _copy(shard: Path, output: Path, writer_name: str, features: "Features") -> None:
     """One part, finished at once: a part that is there holds the whole shard."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     with (
-        pq.ParquetFile(shard) as file,
+        _reading(shard) as file,
         store.PartWriter(output, writer=writer_name, features=features, part_bytes=1 << 62) as writer,
     ):
         for batch in file.iter_batches(batch_size=_BATCH_ROWS):
             writer.write_table(pa.Table.from_batches([batch]))
+
+
+@contextmanager
+def _reading(shard: Path) -> Iterator["pq.ParquetFile"]:
+    """Open a shard, pages compared with their checksums; what is wrong with it becomes a StoreError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(shard, page_checksum_verification=True) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        raise store.StoreError(f"{shard} is damaged ({str(error).splitlines()[0]}): copy it again") from error

@@ -18,7 +18,7 @@ LARGE = (".onnx", ".pt", ".parquet", ".weight")
 
 @dataclass
 class Repository:
-    """Branches and commits of files; every commit is kept."""
+    """Branches and commits of files; every commit is kept, in order."""
 
     private: bool = False
     branches: dict[str, str] = field(default_factory=dict)
@@ -172,8 +172,12 @@ class _Handler(BaseHTTPRequestHandler):
         if repository is None:
             self._send(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         elif rest[:1] == ["branch"]:
-            repository.branches.setdefault(revision, repository.branches["main"])
-            self._send(200, {})
+            start = json.loads(self.body).get("startingPoint", repository.branches["main"])
+            self._send(409 if revision in repository.branches else 200, {})
+            repository.branches.setdefault(revision, start)
+        elif rest[:1] == ["commits"]:
+            about = {"title": "", "message": "", "authors": [], "date": "2026-01-01T00:00:00.000Z"}
+            self._send(200, [{"id": sha, **about} for sha in reversed(repository.commits)])
         elif commit is None:
             self._send(404, {"error": f"Invalid rev id: {revision}"}, {"X-Error-Code": "RevisionNotFound"})
         elif rest[:1] == ["tree"]:

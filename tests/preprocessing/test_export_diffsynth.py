@@ -104,6 +104,17 @@ def test_driving_clips_are_nothing_to_train_on(tmp_path, capsys):
     assert main([*export, "--where", "purpose == train"]) == 0
 
 
+def test_clips_of_one_kind_leave_together(tmp_path):
+    plain = {"modes": ["animation"], "mask": None}
+    dataset = write_clips(tmp_path / "clips", [clip_row(0, hw=HW), clip_row(1, hw=HW, **plain)])
+    with pytest.raises(ValueError, match="some of the clips serve replacement and some do not"):
+        export_diffsynth(dataset, tmp_path / "out")
+    export_diffsynth(dataset, tmp_path / "out", selection=Selection(clips=["square1"]))
+    header = (tmp_path / "out/metadata.csv").read_text().splitlines()[0]
+    assert header == '"video","prompt","animate_pose_video","animate_face_video","reference_image"'
+    assert not (tmp_path / "out/square1/src_mask.mp4").exists()
+
+
 def test_clips_without_people_leave_with_video_and_prompt(tmp_path):
     plain = {name: value for name, value in clip_row(0, hw=HW).items() if name not in ANIMATE_COLUMNS}
     export_diffsynth(write_clips(tmp_path / "clips", [plain]), tmp_path / "out")

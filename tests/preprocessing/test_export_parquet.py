@@ -133,6 +133,15 @@ def test_shards_are_bounded_and_name_their_number(exported):
     assert [pq.read_metadata(exported / "data" / shard).num_rows for shard in shards] == [2, 2, 1]
 
 
+def test_row_groups_are_bounded_within_a_shard(dataset, tmp_path, monkeypatch):
+    """A reader of one clip then reads little more than it, however large the dataset is."""
+    monkeypatch.setattr(export_parquet_module, "_ROW_GROUP_BYTES", SMALL_SHARD)
+    export_parquet(dataset, tmp_path / "out")
+    (shard,) = (tmp_path / "out/data").iterdir()
+    groups = pq.read_metadata(shard)
+    assert [groups.row_group(number).num_rows for number in range(groups.num_row_groups)] == [2, 2, 1]
+
+
 def test_the_card_has_figures_settings_and_a_licence_to_fill_in(exported):
     _, front, body = (exported / "README.md").read_text().split("---\n", 2)
     data = yaml.safe_load(front)
@@ -222,6 +231,19 @@ def test_missing_damaged_and_foreign_shards_are_refused_before_anything_is_writt
     (shards / "train-00000-of-00001.parquet").rename(shards / "mine.parquet")
     refused(shards, tmp_path, match=r"holds mine\.parquet, which is no shard")
     refused(tmp_path / "nowhere/data", tmp_path, match=r"holds no data/train-\*\.parquet")
+
+
+def test_a_changed_byte_in_a_video_is_noticed(shards, tmp_path):
+    path = shards / "train-00001-of-00003.parquet"
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(b"mdat") + 100] ^= 1
+    good = path.read_bytes()
+    path.write_bytes(whole)
+    with pytest.raises(store.StoreError, match=r"train-00001-of-00003\.parquet is damaged .*checksum.*: copy it again"):
+        import_parquet(shards.parent, tmp_path / "back")
+    assert len(load_from_disk(str(tmp_path / "back"))) == 2
+    path.write_bytes(good)
+    assert import_parquet(shards.parent, tmp_path / "back") == 5
 
 
 def rewrite(path, change) -> None:

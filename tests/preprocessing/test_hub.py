@@ -63,11 +63,14 @@ def test_a_revision_is_a_branch_of_its_own(hub: Hub, folder, tmp_path):
 
 
 def test_shards_of_another_export_are_not_mixed_with_ours(hub: Hub, folder, dataset, tmp_path):
+    """A new revision begins without them, so that the next version of a dataset has a place."""
     push(folder, NAME)
     export_parquet(dataset, tmp_path / "one")
     with pytest.raises(HubError, match=r"holds data/train-00000-of-00002\.parquet, which is not of this export"):
         push(tmp_path / "one", NAME)
-    push(tmp_path / "one", "me/other")
+    push(tmp_path / "one", NAME, revision="v2")
+    push(tmp_path / "one", NAME, revision="v2")
+    assert [path.name for path in fetch(NAME, revision="v2").rglob("*.parquet")] == ["train-00000-of-00001.parquet"]
 
 
 def test_a_public_repository_is_not_taken_for_private(hub: Hub, folder):
