@@ -9,54 +9,10 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-LARGE = (".onnx", ".pt", ".parquet", ".weight")
-
-
-@dataclass
-class Repository:
-    """Branches and commits of files; every commit is kept, in order."""
-
-    private: bool = False
-    branches: dict[str, str] = field(default_factory=dict)
-    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
-
-    def commit(self, branch: str, files: dict[str, bytes]) -> str:
-        text = branch + repr(sorted((path, hashlib.sha256(data).hexdigest()) for path, data in files.items()))
-        sha = hashlib.sha1(text.encode()).hexdigest()
-        self.commits[sha], self.branches[branch] = files, sha
-        return sha
-
-    def resolve(self, revision: str) -> str | None:
-        return self.branches.get(revision, revision if revision in self.commits else None)
-
-
-@dataclass
-class Hub:
-    """The state behind the server, and the ways in which it can be made to fail.
-
-    corrupt: paths of which other bytes are sent than the listing says. drops: path -> number of bytes after which the
-    connection is cut, once. token: the only one that is let in, or None. requests: (method, path, headers).
-    """
-
-    url: str = ""
-    repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
-    objects: dict[str, bytes] = field(default_factory=dict)
-    corrupt: set[str] = field(default_factory=set)
-    drops: dict[str, int] = field(default_factory=dict)
-    token: str | None = None
-    requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
-
-    def add(self, kind: str, name: str, files: dict[str, bytes]) -> str:
-        """A repository (kind models or datasets) with one commit on main; returns the commit."""
-        return self.repositories.setdefault((kind, name), Repository()).commit("main", files)
-
-    def asked(self, method: str, part: str) -> list[dict[str, str]]:
-        """Headers of the requests so far whose path holds `part`."""
-        return [headers for verb, path, headers in self.requests if verb == method and part in path]
+from hub_state import LARGE, Hub, Repository, entry, git_sha1, sibling
 
 
 @contextmanager
@@ -88,24 +44,6 @@ def hub_of_this_process() -> Iterator[Hub]:
         }  # fmt: skip
         with patch.multiple(constants, **here):
             yield hub
-
-
-def git_sha1(data: bytes) -> str:
-    return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
-
-
-def _entry(path: str, data: bytes) -> dict:
-    entry = {"type": "file", "path": path, "size": len(data), "oid": git_sha1(data)}
-    if path.endswith(LARGE):
-        entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
-    return entry
-
-
-def _sibling(path: str, data: bytes) -> dict:
-    sibling = {"rfilename": path, "size": len(data), "blobId": git_sha1(data)}
-    if path.endswith(LARGE):
-        sibling["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
-    return sibling
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -181,13 +119,13 @@ class _Handler(BaseHTTPRequestHandler):
         elif commit is None:
             self._send(404, {"error": f"Invalid rev id: {revision}"}, {"X-Error-Code": "RevisionNotFound"})
         elif rest[:1] == ["tree"]:
-            self._send(200, [_entry(path, data) for path, data in repository.commits[commit].items()])
+            self._send(200, [entry(path, data) for path, data in repository.commits[commit].items()])
         elif rest[:1] == ["preupload"]:
             self._preupload(repository.commits[commit])
         elif rest[:1] == ["commit"]:
             self._commit(name, repository, revision, repository.commits[commit])
         else:
-            siblings = [_sibling(path, data) for path, data in repository.commits[commit].items()]
+            siblings = [sibling(path, data) for path, data in repository.commits[commit].items()]
             self._send(200, {"id": name, "sha": commit, "private": repository.private, "siblings": siblings})
 
     def _preupload(self, there: dict[str, bytes]) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import onnx
 import pytest
-from local_hub import Hub, hub_of_this_process
+from hub_state import Hub
+from local_hub import hub_of_this_process
 
 from preprocessing import download as download_module
 from preprocessing.cli import main

@@ -1,14 +1,13 @@
 """Parquet there and back: the same bits, and a folder that `datasets.load_dataset` opens."""
 
-import json
 import shutil
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from datasets import load_dataset, load_from_disk
+from same_bits import assert_same_bits, bits, varied_rows
 from tiny_clips import clip_row, write_clips
 
 from preprocessing import export_parquet as export_parquet_module
@@ -19,22 +18,9 @@ from preprocessing.selection import Selection
 from preprocessing.verify import verify_clips
 from wan_accel.data import store
 from wan_accel.data.clips import load_clip
-from wan_accel.data.schema import ANIMATE_COLUMNS, CLIPS_SCHEMA, SchemaError
+from wan_accel.data.schema import ANIMATE_COLUMNS, CLIPS_SCHEMA
 
 SMALL_SHARD = 60_000  # two of the small clips
-
-
-def varied_rows() -> list[dict]:
-    """Rows that differ in what is null, nan, empty and negative zero."""
-    provenance = {"tools": {"av": "18.1"}, "settings": {"num_frames": 5, "caption": "|"}}
-    told = {"provenance": json.dumps(provenance), "settings_hash": "abc", "quality": {"blur": 3.5, "motion": -0.0}}
-    return [
-        clip_row(0, **told, keypoints_3d=np.full((5, 133, 4), np.nan, np.float32)),
-        clip_row(1, **told, mask=None, boxes=None, face_video=None, face_boxes=None, modes=["animation"]),
-        clip_row(2, reference=None, reference_source=None, quality=None, caption="", timestamps=[]),
-        clip_row(3, num_frames=9, pose_keypoints=np.full((9, 62, 3), -0.0, np.float32)),
-        clip_row(4, caption="ein Platz \u2028 mit Zeilen\n", modes=[]),
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -47,28 +33,6 @@ def exported(dataset, tmp_path_factory):
     output = tmp_path_factory.mktemp("exported") / "parquet"
     assert export_parquet(dataset, output, shard_bytes=SMALL_SHARD).written == 5
     return output
-
-
-def bits(column) -> object:
-    """A column's values with their bits and nulls, down to the last level, comparable with ==."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
-    array = array.storage if isinstance(array, pa.ExtensionArray) else array
-    valid = array.is_valid().to_pylist()
-    if pa.types.is_struct(array.type):
-        return valid, [bits(part) for part in array.flatten()]
-    if pa.types.is_list(array.type):
-        return valid, array.value_lengths().to_pylist(), bits(array.flatten())
-    if pa.types.is_floating(array.type):
-        return valid, array.drop_null().to_numpy(zero_copy_only=False).tobytes()
-    return valid, array.to_pylist()
-
-
-def assert_same_bits(found, expected) -> None:
-    found, expected = found.data.table, expected.data.table
-    assert found.schema.equals(expected.schema)
-    different = [name for name in expected.column_names if bits(found[name]) != bits(expected[name])]
-    assert different == []
 
 
 def test_the_comparison_sees_a_bit():
@@ -175,19 +139,6 @@ def stop() -> None:
     raise KeyboardInterrupt
 
 
-def test_an_interrupted_import_goes_on(dataset, exported, tmp_path, monkeypatch):
-    output, write = tmp_path / "back", store.PartWriter.write_table
-    with monkeypatch.context() as patch:
-        calls = iter(range(9))
-        patch.setattr(store.PartWriter, "write_table", lambda *a: write(*a) if next(calls) < 1 else stop())
-        with pytest.raises(KeyboardInterrupt):
-            import_parquet(exported, output)
-    assert len(load_from_disk(str(output))) == 2
-    assert import_parquet(exported, output) == 5
-    assert_same_bits(store.load(output, CLIPS_SCHEMA), store.load(dataset, CLIPS_SCHEMA))
-    assert import_parquet(exported, output) == 5
-
-
 def test_a_choice_of_clips_leaves_and_another_is_refused(dataset, tmp_path):
     chosen = Selection(clips=["square4", "square0"])
     assert export_parquet(dataset, tmp_path / "out", selection=chosen).written == 2
@@ -205,77 +156,3 @@ def test_clips_without_people_make_the_journey_too(tmp_path):
     assert main(["import", str(tmp_path / "out"), "--from=parquet", f"--output={tmp_path / 'back'}"]) == 0
     assert_same_bits(store.load(tmp_path / "back", CLIPS_SCHEMA), store.load(dataset, CLIPS_SCHEMA))
     assert "# Video clips" in (tmp_path / "out/README.md").read_text()
-
-
-@pytest.fixture
-def shards(exported, tmp_path):
-    shutil.copytree(exported, tmp_path / "in")
-    return tmp_path / "in/data"
-
-
-def refused(shards, tmp_path, error=store.StoreError, match=""):
-    with pytest.raises(error, match=match):
-        import_parquet(shards.parent, tmp_path / "back")
-    assert not (tmp_path / "back").exists()
-
-
-def test_missing_damaged_and_foreign_shards_are_refused_before_anything_is_written(shards, tmp_path):
-    last = shards / "train-00002-of-00003.parquet"
-    whole = last.read_bytes()
-    last.write_bytes(whole[:-9])
-    refused(shards, tmp_path, match=r"train-00002-of-00003\.parquet is damaged .*copy it again")
-    last.unlink()
-    refused(shards, tmp_path, match="lacks shards 2 of 3: copy them too")
-    (shards / "train-00000-of-00001.parquet").write_bytes(whole)
-    refused(shards, tmp_path, match=r"shards of different exports \(of 1, 3\)")
-    (shards / "train-00000-of-00001.parquet").rename(shards / "mine.parquet")
-    refused(shards, tmp_path, match=r"holds mine\.parquet, which is no shard")
-    refused(tmp_path / "nowhere/data", tmp_path, match=r"holds no data/train-\*\.parquet")
-
-
-def test_a_changed_byte_in_a_video_is_noticed(shards, tmp_path):
-    path = shards / "train-00001-of-00003.parquet"
-    whole = bytearray(path.read_bytes())
-    whole[whole.index(b"mdat") + 100] ^= 1
-    good = path.read_bytes()
-    path.write_bytes(whole)
-    with pytest.raises(store.StoreError, match=r"train-00001-of-00003\.parquet is damaged .*checksum.*: copy it again"):
-        import_parquet(shards.parent, tmp_path / "back")
-    assert len(load_from_disk(str(tmp_path / "back"))) == 2
-    path.write_bytes(good)
-    assert import_parquet(shards.parent, tmp_path / "back") == 5
-
-
-def rewrite(path, change) -> None:
-    pq.write_table(change(pq.read_table(path)), path)
-
-
-def test_another_schema_is_refused(shards, tmp_path):
-    def change(table):
-        return table.set_column(0, table.schema.field(0), pa.array(["wan-accel/clips@2"] * len(table)))
-
-    rewrite(shards / "train-00001-of-00003.parquet", change)
-    refused(shards, tmp_path, SchemaError, "has schema 'wan-accel/clips@2', expected 'wan-accel/clips@1'")
-
-
-def test_other_columns_are_refused(shards, tmp_path):
-    rewrite(shards / "train-00001-of-00003.parquet", lambda table: table.drop_columns(["mask"]))
-    refused(shards, tmp_path, match=r"its columns are not those of wan-accel/clips@1 \(mask differ")
-
-
-def test_a_clip_that_is_there_twice_is_refused(shards, tmp_path):
-    shutil.copyfile(shards / "train-00000-of-00003.parquet", shards / "train-00001-of-00003.parquet")
-    refused(shards, tmp_path, match=r"clip square0 is there twice, once in train-00001")
-
-
-def test_other_shards_into_the_same_dataset_are_refused(dataset, exported, tmp_path):
-    import_parquet(exported, tmp_path / "back")
-    export_parquet(dataset, tmp_path / "one", selection=Selection(clips=["square0"]))
-    with pytest.raises(store.StoreError, match=r"made with other settings .*imported"):
-        import_parquet(tmp_path / "one", tmp_path / "back")
-
-
-def test_options_of_other_origins_are_refused(exported, tmp_path, capsys):
-    back = ["import", str(exported), f"--output={tmp_path / 'back'}", "--from=parquet"]
-    assert main([*back, "--revision=main", "--base-path=x"]) == 2
-    assert "--from parquet has no --base-path, --revision: leave it out" in capsys.readouterr().err

@@ -1,8 +1,9 @@
 """Pushing to a hub on this machine and fetching from it; the transfer is LFS, as the local hub speaks no Xet."""
 
 import pytest
-from local_hub import Hub, hub_of_this_process
-from test_export_parquet import assert_same_bits
+from hub_state import Hub
+from local_hub import hub_of_this_process
+from same_bits import assert_same_bits
 from tiny_clips import clip_row, write_clips
 
 from preprocessing.cli import main
