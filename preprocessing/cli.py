@@ -68,11 +68,13 @@ def _cutting(arguments: argparse.Namespace) -> dict[str, Any]:
 def _models(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The networks' files: each as given, else from --models."""
     from preprocessing.released_models import RELEASED, find_models
-    from preprocessing.segmentation import kind_of_segmenter
+    from preprocessing.segmentation import check_kind, kind_of_segmenter
     from preprocessing.settings import ModelFiles
 
     paths = {name: getattr(arguments, name) for name in RELEASED}
     found = find_models(arguments.models) if arguments.models is not None else {}
+    if check_kind(paths["segmenter"], found.get("segmenter")):
+        paths["segmenter"] = None
     given = found | {name: path for name, path in paths.items() if path is not None}
     if missing := [name for name in paths if name not in given]:
         where = f", or {arguments.models / RELEASED[missing[0]].path}" if arguments.models is not None else ""

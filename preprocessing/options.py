@@ -65,7 +65,11 @@ def _add_animate(parser: argparse.ArgumentParser) -> None:
     networks.add_argument("--models", type=Path, help="folder with all three, as `wan-preprocess download` fills it")
     networks.add_argument("--detector", type=Path, help="ONNX person detector")
     networks.add_argument("--pose", type=Path, help="ONNX whole-body pose network")
-    networks.add_argument("--segmenter", type=Path, help="ONNX person segmenter")
+    networks.add_argument(
+        "--segmenter",
+        type=Path,
+        help="ONNX person segmenter, SAM2 checkpoint (.pt) or transformers folder; or `sam2`: the one of --models",
+    )
     networks.add_argument("--provider", default="cpu", help="onnxruntime provider: cpu, cuda or tensorrt")
     networks.add_argument("--num-threads", type=int, default=0, help="threads of a network, 0 for all cores")
     networks.add_argument("--batch-frames", type=int, default=8, help="frames that a network takes at a time")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from preprocessing.box_segmenter import BoxSegmenter
 from preprocessing.masks import Mask
@@ -27,6 +27,19 @@ def kind_of_segmenter(path: Path) -> SegmenterKind:
     if path.is_dir():
         return "transformers"
     return "sam2" if path.suffix in (".pt", ".pth") else "onnx"
+
+
+def check_kind(given: Path | None, found: Path | None) -> bool:
+    """Say whether `given` is the name of a kind, which the file `found` is of; raises ValueError where it is not."""
+    if given is None or str(given) not in get_args(SegmenterKind) or given.exists():
+        return False
+    if found is None or kind_of_segmenter(found) != str(given):
+        there = f"{found} is a segmenter of kind {kind_of_segmenter(found)}" if found else "no file is known"
+        raise ValueError(
+            f"--segmenter {given}: {there}; give the file: an .onnx network, a SAM2 checkpoint (.pt, by "
+            "`wan-preprocess download`), or a folder of a transformers Sam2VideoModel"
+        )
+    return True
 
 
 def open_segmenter(

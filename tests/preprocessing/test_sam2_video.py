@@ -14,7 +14,6 @@ from small_runs import MODELS, part_of, process, settings
 from preprocessing.pipeline import Pipeline
 from preprocessing.prompts import FramePrompt
 from preprocessing.sam2_video import Sam2Propagator
-from preprocessing.segmentation import kind_of_segmenter, open_segmenter
 from preprocessing.settings import ModelFiles, Runtime
 from preprocessing.video_segmenter import VideoSegmenter
 from wan_accel.data.schema import unpack_mask
@@ -131,19 +130,6 @@ def test_decord_is_left_alone(checkpoint):
         "assert 'decord' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
-
-
-def test_files_tell_which_segmenter_they_are_for(tmp_path):
-    assert kind_of_segmenter(Path("sam2_hiera_large.pt")) == "sam2"
-    assert kind_of_segmenter(tmp_path) == "transformers"
-    assert kind_of_segmenter(Path("segmenter.onnx")) == "onnx"
-
-
-@pytest.mark.parametrize(("kind", "name"), [("sam2", "person_segmenter.onnx"), ("onnx", "tiny.pt")])
-def test_a_file_of_another_kind_is_refused(kind, name, checkpoint):
-    path = checkpoint if name == "tiny.pt" else MODELS.segmenter
-    with pytest.raises(ValueError, match=r"not a SAM2 checkpoint|not a complete ONNX model"):
-        open_segmenter(kind, path)
 
 
 def test_the_pipeline_stores_its_masks(checkpoint, tmp_path):
