@@ -299,7 +299,7 @@ def _hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _finished(root: Path) -> list[Path]:
+def finished(root: Path) -> list[Path]:
     """Parts that have a sidecar, in a fixed order."""
     return [path.with_name(path.name.removesuffix(".json")) for path in sorted(root.glob("parts/*/data-*.arrow.json"))]
 
@@ -310,17 +310,22 @@ def parts(root: Path) -> dict[Path, Sidecar]:
     Raises:
         StoreError: a sidecar is damaged.
     """
-    found = {}
-    for part in _finished(root):
-        path = _sidecar_path(part)
-        try:
-            found[part] = Sidecar(**json.loads(path.read_text()))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise StoreError(
-                f"{path} is damaged ({error}): copy it again, or remove it with its part and run the command that "
-                "made it"
-            ) from error
-    return found
+    return {part: read_sidecar(part) for part in finished(root)}
+
+
+def read_sidecar(part: Path) -> Sidecar:
+    """What the sidecar of a finished part says.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    path = _sidecar_path(part)
+    try:
+        return Sidecar(**json.loads(path.read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise StoreError(
+            f"{path} is damaged ({error}): copy it again, or remove it with its part and run the command that made it"
+        ) from error
 
 
 def remove_unfinished(root: Path, writers: Iterable[str]) -> None:
@@ -355,7 +360,7 @@ def refresh_state(root: Path, features: "Features") -> None:
     info = {key: value for key, value in asdict(DatasetInfo(features=features)).items() if value is not None}
     listed: list[dict[str, str]] = []
     # Until nothing changed meanwhile: of two writers finishing at once, the slower may have seen fewer parts.
-    while (files := [{"filename": str(part.relative_to(root))} for part in _finished(root)]) != listed:
+    while (files := [{"filename": str(part.relative_to(root))} for part in finished(root)]) != listed:
         write_json(root / "dataset_info.json", info)
         state: dict[str, Any] = {
             "_data_files": files, "_fingerprint": settings_hash({"files": files}), "_format_columns": None,
@@ -365,15 +370,13 @@ def refresh_state(root: Path, features: "Features") -> None:
         listed = files
 
 
-def load(root: Path, schema: str, *, columns: list[str] | None = None) -> "Dataset":
-    """Open a dataset and check it: `datasets.load_from_disk` plus schema and row counts.
+def open_parts(root: Path, schema: str) -> dict[Path, Sidecar]:
+    """The parts of a dataset that can be read as a whole, in the order of its rows, with their sidecars.
 
     Raises:
         StoreError: it does not exist, is empty, remote, or a part is missing or cut short.
         SchemaError: another schema.
     """
-    from datasets import load_from_disk
-
     if "://" in str(root):
         raise StoreError(f"{root} is remote: copy it to a local disk first, e.g. `aws s3 sync {root} /data/...`")
     root = Path(root)
@@ -386,8 +389,19 @@ def load(root: Path, schema: str, *, columns: list[str] | None = None) -> "Datas
             raise StoreError(f"{part} has no sidecar: copy it again, or run the command that made it again")
     if (root / RUN_FILE).is_file():
         check_schema(json.loads((root / RUN_FILE).read_text()).get("schema"), schema, str(root))
+    return {part: found[part] for part in listed}
+
+
+def load(root: Path, schema: str, *, columns: list[str] | None = None) -> "Dataset":
+    """Open a dataset and check it: `datasets.load_from_disk` plus schema and row counts.
+
+    Raises:
+        StoreError, SchemaError: as `open_parts`; rows of another schema.
+    """
+    from datasets import load_from_disk
+
+    expected = sum(sidecar.rows for sidecar in open_parts(root, schema).values())
     dataset = load_from_disk(str(root))
-    expected = sum(found[part].rows for part in listed)
     if len(dataset) != expected:
         raise StoreError(f"{root} loads {len(dataset)} rows, its sidecars say {expected}: verify it to find the part")
     for value in dataset.unique("schema"):
@@ -407,25 +421,36 @@ def ids(root: Path, column: str) -> set[str]:
 def each_id(root: Path, column: str) -> Iterator[str]:
     """Values of a string column over all finished parts, in order, as often as they are there; see `ids`."""
     for part in _whole_parts(root):
-        for batch in _batches(part):
+        for batch in batches(part):
             yield from batch[column].to_pylist()
 
 
-def _batches(part: Path) -> Iterator[pa.RecordBatch]:
+def batches(part: Path) -> Iterator[pa.RecordBatch]:
+    """The record batches of a part, memory-mapped: only what is looked at is read from the disk."""
     with pa.memory_map(str(part)) as source:
         yield from pa.ipc.open_stream(source)
 
 
 def verify(root: Path) -> list[str]:
     """Check every part's size, hash and rows; return what is wrong, one line each."""
-    problems = []
-    for part, sidecar in parts(root).items():
-        if not part.is_file():
-            problems.append(f"{part}: missing")
-        elif part.stat().st_size != sidecar.bytes:
-            problems.append(f"{part}: {part.stat().st_size} bytes, expected {sidecar.bytes}")
-        elif _hash_file(part) != sidecar.xxh64:
-            problems.append(f"{part}: content differs from its hash")
-        elif (rows := sum(batch.num_rows for batch in _batches(part))) != sidecar.rows:
-            problems.append(f"{part}: {rows} rows, expected {sidecar.rows}")
-    return problems
+    problems = {part: part_problem(part, sidecar) for part, sidecar in parts(root).items()}
+    return [f"{part}: {problem}" for part, problem in problems.items() if problem is not None]
+
+
+def part_problem(part: Path, sidecar: Sidecar) -> str | None:
+    """Check a part's size, hash and rows against its sidecar; None for a sound part."""
+    if not part.is_file():
+        return "missing"
+    if (size := part.stat().st_size) != sidecar.bytes:
+        return f"{size} bytes, expected {sidecar.bytes}"
+    if _hash_file(part) != sidecar.xxh64:
+        return "content differs from its hash"
+    if (rows := sum(batch.num_rows for batch in batches(part))) != sidecar.rows:
+        return f"{rows} rows, expected {sidecar.rows}"
+    return None
+
+
+def plain_row(batch: pa.RecordBatch, index: int) -> dict[str, Any]:
+    """A row as Python values. Arrays are read below the types of `datasets`, which turn a null into nan."""
+    columns = zip(batch.schema.names, batch.columns)
+    return {name: getattr(column, "storage", column)[index].as_py() for name, column in columns}
