@@ -150,22 +150,32 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from preprocessing.inspect import write_sheets
+    from preprocessing.choice import Choice
+    from preprocessing.inspect import inspect
 
-    for path in write_sheets(arguments.dataset, arguments.output, num_clips=arguments.sample):
-        print(path)
-    return 0
+    choice = Choice(num_clips=arguments.sample, where=arguments.where, worst=arguments.worst)
+    report = inspect(
+        arguments.dataset, arguments.output, choice=choice, bounds_file=arguments.quality,
+        num_processes=arguments.num_workers,
+    )  # fmt: skip
+    for problem in report.problems:
+        sys.stderr.write(f"error: {problem}\n")
+    shown = f"{report.num_shown} of {report.num_clips} clips shown" + (" that --where chose" if choice.where else "")
+    print(f"{report.page}: {shown}")
+    return 2 if report.problems else 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     from preprocessing.verify import verify_clips
 
-    problems = verify_clips(arguments.dataset)
-    for problem in problems:
+    verdict = verify_clips(arguments.dataset, num_processes=arguments.num_workers)
+    if arguments.json is not None:
+        verdict.write(arguments.json, arguments.dataset)
+    for problem in verdict.problems:
         sys.stderr.write(f"error: {problem}\n")
-    if not problems:
-        print(f"{arguments.dataset}: every part and every clip is sound")
-    return 2 if problems else 0
+    if not verdict.problems:
+        print(f"{arguments.dataset}: every part and every clip is sound ({verdict.num_clips} clips)")
+    return 2 if verdict.problems else 0
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -1,138 +1,84 @@
-"""Contact sheets: one picture a clip that shows whether its parts belong together."""
+"""Look at a clips dataset: a report over all its clips, with contact sheets and overlay videos of some."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+import pyarrow as pa
+from tqdm import tqdm
 
-from preprocessing.masks import blacken
-from preprocessing.skeleton import draw_poses
-from preprocessing.types import Frames
-from wan_accel.data import store
-from wan_accel.data.clips import Clip, load_clip
-from wan_accel.data.schema import CLIPS_SCHEMA
+from preprocessing.cards import CardMaker
+from preprocessing.choice import Choice
+from preprocessing.clip_media import OVERLAYS, SHEETS, THUMBNAILS, Media, MediaTask, file_name, make_media
+from preprocessing.clip_table import PART, ROW, read_clip_table
+from preprocessing.process_map import Crash, map_in_processes
+from preprocessing.rejections import read_rejections
+from preprocessing.report import bounds_to_draw, render
 
-NUM_COLUMNS = 6
-_TILE_HEIGHT = 224
-_GAP, _LABEL_WIDTH, _HEADER_HEIGHT = 6, 112, 86
-_INK, _PALE, _PAPER = (24, 26, 30), (110, 115, 125), (250, 250, 248)
-_MASK_COLOR = np.array([230, 40, 90])
-_QUALITY = (  # figure, as it is called on a sheet, format
-    ("mean_keypoint_score", "key points", ".2f"), ("hand_score", "hands", ".2f"), ("visible_share", "visible", ".0%"),
-    ("face_size", "face", ".0f"), ("mask_area_mean", "mask", ".0%"), ("motion", "motion", ".3f"),
-    ("blur", "sharpness", ".0f"),
-)  # fmt: skip
+PAGE = "index.html"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class SheetRow:
-    """A labelled row of pictures, one a time step."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inspection:
+    """The report's page, clips shown and there, and what is wrong with clips that could not be shown."""
 
-    label: str
-    pictures: list[Frames]
-
-
-def write_sheets(dataset: Path, output: Path, *, num_clips: int | None = None) -> list[Path]:
-    """Write `<clip_id>.png` for the clips of a dataset, evenly spread if fewer than all are asked for."""
-    clips = store.load(dataset, CLIPS_SCHEMA)
-    output.mkdir(parents=True, exist_ok=True)
-    rows = np.arange(len(clips))
-    if num_clips is not None and num_clips < len(clips):
-        rows = np.linspace(0, len(clips) - 1, num_clips).round().astype(int)
-    paths = []
-    for index in rows.tolist():
-        row = clips[index]
-        path = output / f"{row['clip_id']}.png"
-        contact_sheet(load_clip(row), row).save(path)
-        paths.append(path)
-    return paths
+    page: Path
+    num_shown: int
+    num_clips: int
+    problems: list[str]
 
 
-def contact_sheet(clip: Clip, row: Mapping[str, Any]) -> Image.Image:
-    """Lay a clip out: frame, reference, pose, face, mask and background over time."""
-    steps = np.linspace(0, len(clip.frames_rgb) - 1, NUM_COLUMNS).round().astype(int)
-    rows = sheet_rows(clip, steps)
-    # A column is as wide as a frame; square faces shrink to it instead of tearing the frames apart.
-    column = max(round(p.shape[1] * _TILE_HEIGHT / p.shape[0]) for r in rows if r.label != "face" for p in r.pictures)
-    tiles = [[_fit(picture, column) for picture in sheet_row.pictures] for sheet_row in rows]
-    heights = [max(tile.height for tile in line) for line in tiles]
-    size = _LABEL_WIDTH + len(steps) * (column + _GAP), _HEADER_HEIGHT + sum(heights) + len(rows) * _GAP
-    sheet = Image.new("RGB", size, _PAPER)
-    draw = ImageDraw.Draw(sheet)
-    _draw_header(draw, clip, row, steps, column)
-    top = _HEADER_HEIGHT
-    for sheet_row, line, height in zip(rows, tiles, heights):
-        draw.text((10, top + height // 2 - 8), sheet_row.label, fill=_INK, font=_font(15))
-        for number, tile in enumerate(line):
-            sheet.paste(tile, (_LABEL_WIDTH + number * (column + _GAP) + (column - tile.width) // 2, top))
-        top += height + _GAP
-    return sheet
+def inspect(
+    dataset: Path,
+    output: Path,
+    *,
+    choice: Choice,
+    bounds_file: Path | None = None,
+    num_processes: int = 1,
+) -> Inspection:
+    """Write `index.html` and its pictures into `output`; only the clips that are shown are decoded.
 
+    Args:
+        dataset: a clips dataset.
+        output: a folder; files of the same names in it are replaced.
+        choice: the clips to show.
+        bounds_file: YAML of bounds to draw instead of the run's.
+        num_processes: decode in so many processes.
 
-def _fit(picture: Frames, width: int) -> Image.Image:
-    """Scale to the tile's height, or to `width` where that would be wider."""
-    scale = min(_TILE_HEIGHT / picture.shape[0], width / picture.shape[1])
-    size = max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale))
-    return Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS)
-
-
-def sheet_rows(clip: Clip, steps: np.ndarray) -> list[SheetRow]:
-    """The rows of a clip at the frames `steps`; parts that it does not have are left out."""
-    frames = clip.frames_rgb[steps]
-    rows = [SheetRow(label="frame", pictures=list(frames))]
-    if clip.reference_rgb is not None:
-        rows.append(SheetRow(label="reference", pictures=[clip.reference_rgb] * len(steps)))
-    if clip.pose_keypoints is not None:
-        rows.append(SheetRow(label="pose", pictures=list(draw_poses(clip.pose_keypoints[steps], clip.canvas_hw))))
-    if clip.faces_rgb is not None:
-        rows.append(SheetRow(label="face", pictures=list(clip.faces_rgb[steps])))
-    if clip.mask is not None:
-        mask = clip.mask[steps]
-        tinted = np.where(mask[..., None], (frames * 0.45 + _MASK_COLOR * 0.55).astype(np.uint8), frames)
-        rows.append(SheetRow(label="mask", pictures=list(tinted)))
-        rows.append(SheetRow(label="background", pictures=list(blacken(frames, mask))))
-    return rows
-
-
-def _draw_header(
-    draw: ImageDraw.ImageDraw, clip: Clip, row: Mapping[str, Any], steps: np.ndarray, column: int
-) -> None:
-    width = _LABEL_WIDTH + len(steps) * (column + _GAP) - 20
-    picture = f"{row['width']}x{row['height']}"
-    facts = [row.get("purpose"), f"{row['num_frames']} frames", picture, f"{row['fps']:g} fps"]
-    quality = [f"{label} {row['quality'][name]:{form}}" for name, label, form in _QUALITY if _is_known(row, name)]
-    lines = (
-        (clip.clip_id, _INK, 17),
-        (f"“{row['caption']}”" if row["caption"] else "no caption", _INK, 14),
-        (" · ".join(str(fact) for fact in (*facts, *quality) if fact), _PALE, 12),
+    Raises:
+        ValueError: `dataset` is none or is damaged, or the choice or the bounds make no sense. Nothing is written.
+    """
+    table = read_clip_table(dataset)
+    bounds = bounds_to_draw(dataset, bounds_file)
+    matching = choice.matching(table)
+    shown = choice.shown(matching)
+    for folder in (SHEETS, OVERLAYS, THUMBNAILS):
+        (output / folder).mkdir(parents=True, exist_ok=True)
+    media = _make_all(dataset, shown, output, num_processes)
+    maker = CardMaker(table)
+    page = render(
+        dataset,
+        table=table,
+        matching=matching,
+        cards=[maker.card(row, files) for row, files in zip(shown.to_pylist(), media)],
+        choice=choice,
+        rejections=read_rejections(dataset),
+        bounds=bounds,
     )
-    top = 6
-    for text, color, size in lines:
-        draw.text((10, top), _shortened(text, width, size), fill=color, font=_font(size))
-        top += size + 6
-    for number, step in enumerate(steps):
-        seconds = row["timestamps"][step] - row["timestamps"][0]
-        left = _LABEL_WIDTH + number * (column + _GAP)
-        draw.text((left + 2, _HEADER_HEIGHT - 16), f"{seconds:.2f} s", fill=_PALE, font=_font(12))
+    (output / PAGE).write_text(page, encoding="utf-8")
+    problems = [found.problem for found in media if found.problem is not None]
+    return Inspection(page=output / PAGE, num_shown=len(shown), num_clips=len(table), problems=problems)
 
 
-def _is_known(row: Mapping[str, Any], name: str) -> bool:
-    quality = row.get("quality")
-    return quality is not None and quality[name] is not None
-
-
-def _shortened(text: str, width: int, size: int) -> str:
-    """Cut a line off where the sheet ends."""
-    font = _font(size)
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + " …") > width:
-        text = text[:-1]
-    return text.rstrip() + " …"
-
-
-def _font(size: int) -> Any:
-    return ImageFont.load_default(size)
+def _make_all(dataset: Path, shown: pa.Table, output: Path, num_processes: int) -> list[Media]:
+    """The media of clips, in their order."""
+    tasks: dict[str, MediaTask] = {}
+    for clip in shown.select(["clip_id", PART, ROW]).to_pylist():
+        name = file_name(clip["clip_id"] or "", tasks)
+        tasks[name] = MediaTask(part=dataset / clip[PART], row=clip[ROW], output=output, name=name)
+    made = map_in_processes(make_media, tasks.values(), num_processes=num_processes)
+    crash = Media(problem="the process that decodes it ended: verify the dataset")
+    found = {
+        task.name: crash if isinstance(media, Crash) else media
+        for task, media in tqdm(made, "clips", total=len(tasks), disable=None)
+    }
+    return [found[name] for name in tasks]

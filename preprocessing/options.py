@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from preprocessing.exchange_options import add_download, add_export, add_import
+from preprocessing.process_map import usable_processes
 from preprocessing.types import PROFILES
 
 
@@ -114,14 +115,25 @@ def _add_status(parser: argparse.ArgumentParser) -> None:
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", type=Path)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the PNG files")
-    parser.add_argument("--sample", type=int, help="this many clips instead of all")
+    parser.add_argument("--output", type=Path, required=True, help="folder for index.html and its pictures")
+    parser.add_argument("--sample", type=_count, default=200, help="clips to show, evenly spread (default: 200)")
+    parser.add_argument("--where", metavar="EXPR", help="clips to choose from, e.g. 'quality.hand_score < 0.3'")
+    parser.add_argument("--worst", metavar="FIGURE", help="show the worst clips by a figure, e.g. quality.blur")
+    parser.add_argument("--quality", type=Path, help="YAML file of bounds to draw (default: those of the run)")
+    _add_num_workers(parser)
     parser.set_defaults(command="inspect")
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", type=Path)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdict for machines too")
+    _add_num_workers(parser)
     parser.set_defaults(command="verify")
+
+
+def _add_num_workers(parser: argparse.ArgumentParser) -> None:
+    usable = usable_processes()
+    parser.add_argument("--num-workers", type=_count, default=usable, help=f"processes (default here: {usable})")
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:
@@ -142,6 +154,13 @@ def _area(text: str) -> int:
     if len(sides) > 2 or area <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not an area: write 480*832 or a number of pixels")
     return area
+
+
+def _count(text: str) -> int:
+    """A whole number, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count: give 1 or more")
+    return int(text)
 
 
 def _devices(text: str) -> list[int]:
