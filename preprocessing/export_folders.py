@@ -38,7 +38,7 @@ class ChosenClips:
         """Raises StoreError or SchemaError where it is no clips dataset, ValueError where nothing is chosen."""
         self.clips: Dataset = store.load(dataset, CLIPS_SCHEMA)
         self.is_animate = "pose_keypoints" in self.clips.column_names
-        self.rows = select(self.clips, selection)
+        self.rows = select(dataset, selection)
         self.names: list[str] = self.column("clip_id")
         run_file = dataset / store.RUN_FILE
         self.identity: str = json.loads(run_file.read_text())["settings_hash"] if run_file.is_file() else ""

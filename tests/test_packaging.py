@@ -39,7 +39,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_code_and_data(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    for expected in ("wan_accel/py.typed", "wan_accel/tiny_corpus.txt", "preprocessing/cli.py", "wan_accel/cache.py"):
+    data = ("wan_accel/tiny_corpus.txt", "preprocessing/quality.yaml", "preprocessing/report.html.jinja")
+    more = ("preprocessing/report.css", "preprocessing/report.js", "preprocessing/cli.py", "wan_accel/cache.py")
+    for expected in ("wan_accel/py.typed", *data, *more):
         assert expected in names
     for recipe in (ROOT / "recipes").rglob("*.yaml"):
         assert f"wan_accel/recipes/{recipe.relative_to(ROOT / 'recipes')}" in names

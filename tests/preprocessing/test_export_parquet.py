@@ -1,5 +1,6 @@
 """Parquet there and back: the same bits, and a folder that `datasets.load_dataset` opens."""
 
+import json
 import shutil
 
 import pyarrow as pa
@@ -52,10 +53,12 @@ def test_there_and_back_is_bit_by_bit_the_same(dataset, exported, tmp_path):
 
 
 def test_clips_that_are_sound_verify_after_the_journey_and_join_a_merge(tmp_path):
-    dataset = write_clips(tmp_path / "clips", [clip_row(number) for number in range(3)])
+    settings = {"num_frames": 5}
+    made = {"settings_hash": store.settings_hash(settings), "provenance": json.dumps({"settings": settings})}
+    dataset = write_clips(tmp_path / "clips", [clip_row(number, **made) for number in range(3)])
     export_parquet(dataset, tmp_path / "out", shard_bytes=SMALL_SHARD)
     import_parquet(tmp_path / "out", tmp_path / "back")
-    assert verify_clips(tmp_path / "back") == []
+    assert verify_clips(tmp_path / "back").problems == []
     assert load_clip(store.load(tmp_path / "back", CLIPS_SCHEMA)[2]).mask.any()
     more = write_clips(tmp_path / "more", [clip_row(7)])
     assert main(["merge", str(tmp_path / "back"), str(more), "--output", str(tmp_path / "all")]) == 0
