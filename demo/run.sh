@@ -30,8 +30,8 @@ step "training clips" wan-preprocess animate demo/videos/walker.mp4 demo/videos/
   --purpose train --caption "a person moves in front of the camera" $models $small
 step "driving clips" wan-preprocess animate demo/videos/walker.mp4 --output $out/drive \
   --purpose drive --reference demo/reference/man.png --retarget $models $small
-step "contact sheets" wan-preprocess inspect $out/clips --output $out/sheets
-step "driving contact sheets" wan-preprocess inspect $out/drive --output $out/sheets-drive
+step "report" wan-preprocess inspect $out/clips --output $out/report
+step "driving report" wan-preprocess inspect $out/drive --output $out/report-drive
 step "cache" accelerate launch --config_file "$fsdp2" --num_processes "$processes" -m wan_accel.cache demo/animate_lora
 step "train LoRA (FSDP2, Ulysses $ulysses)" accelerate launch --config_file "$fsdp2" --num_processes "$processes" \
   -m wan_accel.train demo/animate_lora parallel.ulysses=$ulysses

@@ -35,13 +35,13 @@ def main(folder: Path) -> int:
     times = [line.split("\t") for line in (folder / "times.tsv").read_text().splitlines()]
     made = {
         "tiny checkpoint": "model", "training clips": "clips", "driving clips": "drive",
-        "contact sheets": "sheets, sheets-drive", "cached conditions": "latents",
+        "reports and contact sheets": "report, report-drive", "cached conditions": "latents",
         "LoRA run": "lora (loss.png, metrics.jsonl)", "full run": "full (loss.png, metrics.jsonl)",
         "exported LoRA": "lora.safetensors", "exported weights": "full-export",
     }  # fmt: skip
     print(f"\n== summary\nEverything is in {folder}/:")
     for what, where in made.items():
-        print(f"  {what:18} {where}")
+        print(f"  {what:26} {where}")
     print("Seconds:")
     for name, seconds in times:
         print(f"  {int(seconds):5}  {name}")
