@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import cv2
 import numpy as np
 
 from preprocessing.masks import Mask
-from preprocessing.onnx_model import OnnxModel
+from preprocessing.onnx_model import NetworkOptions, OnnxModel
 from preprocessing.types import Float, Frames, Person, check_frames
 
 _CROP_MARGIN = 1.15
@@ -18,11 +18,9 @@ _MASK_PROBABILITY = 0.5
 class BoxSegmenter:
     """Segments the person in a box: a network (N, S, S, 3) -> probability (N, S, S, 1)."""
 
-    def __init__(
-        self, onnx_path: str | Path, *, provider: str = "cpu", num_threads: int = 1, batch_frames: int = 8
-    ) -> None:
+    def __init__(self, onnx_path: str | Path, **options: Unpack[NetworkOptions]) -> None:
         """Open the network; raises ValueError as `OnnxModel` does, or for another kind of network."""
-        self._model = OnnxModel(onnx_path, provider=provider, num_threads=num_threads, batch_frames=batch_frames)
+        self._model = OnnxModel(onnx_path, **options)
         shape: tuple[Any, ...] = self._model.input_shape
         if len(shape) != 4 or shape[3] != 3 or not isinstance(shape[1], int) or shape[1] != shape[2]:
             raise ValueError(f"{self._model.path}: input {shape}; a person segmenter has input (N, S, S, 3), RGB 0..1")

@@ -41,6 +41,7 @@ def _animate(arguments: argparse.Namespace) -> int:
         retarget=arguments.retarget.replace("-", "_") if arguments.retarget else "none",
         edited_template=arguments.edited_template, edited_reference=arguments.edited_reference, flux=arguments.flux,
         flux_seed=arguments.flux_seed, profile=arguments.profile, segmenter=kind,
+        pose_channel_order=arguments.pose_channel_order, fp16=arguments.fp16,
         **_cutting(arguments),
     )  # fmt: skip
     return _make(arguments, settings, models)

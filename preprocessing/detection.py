@@ -1,11 +1,8 @@
-"""People in frames: a YOLOv10-style ONNX detector and the choice of one person."""
-
-from pathlib import Path
+"""People in frames: what a YOLOv10-style detector sees and says, and the choice of one person."""
 
 import cv2
 import numpy as np
 
-from preprocessing.onnx_model import OnnxModel
 from preprocessing.types import Float, Frames, check_frames
 
 MIN_SCORE = 0.05  # Wan2.2's; small or back-lit people score no more
@@ -56,42 +53,3 @@ def select_person(people: Float, frame_hw: tuple[int, int]) -> Float:
         if area > best_area and longer_sides[i] >= _SIZE_RATIO * longer_side:
             best, best_area, longer_side = i, area, longer_sides[i]
     return np.asarray(people[best])
-
-
-class PersonDetector:
-    """Finds people with a detector whose output is (N, R, 6) rows (see `decode_people`)."""
-
-    def __init__(
-        self, onnx_path: str | Path, *, provider: str = "cpu", num_threads: int = 1, batch_frames: int = 8
-    ) -> None:
-        """Open the network; raises ValueError as `OnnxModel` does, or for another kind of network."""
-        self._model = OnnxModel(
-            onnx_path, provider=provider, num_threads=num_threads, batch_frames=batch_frames
-        )
-        shapes = self._model.input_shape, self._model.output_shape
-        if len(shapes[0]) != 4 or shapes[0][1] != 3 or len(shapes[1]) != 3 or shapes[1][2] != 6:
-            raise ValueError(
-                f"{self._model.path}: input {shapes[0]}, output {shapes[1]}; a person detector has input "
-                "(N, 3, H, W) and output (N, rows, 6), as YOLOv10 exports"
-            )
-        height, width = shapes[0][2:]
-        self._input_hw = (height, width) if isinstance(height, int) and isinstance(width, int) else (640, 640)
-
-    def rows(self, frames_rgb: Frames) -> Float:
-        """Run the network; returns (T, R, 6), still in pixels of its input."""
-        step = self._model.batch_frames
-        outputs = [
-            self._model.run(detector_input(frames_rgb[i : i + step], hw=self._input_hw))
-            for i in range(0, len(frames_rgb), step)
-        ]
-        return np.concatenate(outputs)
-
-    def people(self, frames_rgb: Frames) -> list[Float]:
-        """Return everyone in each frame: T arrays (K, 5) of x1, y1, x2, y2, score, pixels of the frame."""
-        frame_hw = (frames_rgb.shape[1], frames_rgb.shape[2])
-        return [decode_people(rows, frame_hw, input_hw=self._input_hw) for rows in self.rows(frames_rgb)]
-
-    def __call__(self, frames_rgb: Frames) -> Float:
-        """Return the main person of each frame: (T, 5) x1, y1, x2, y2, score; a score below 0: nobody."""
-        frame_hw = (frames_rgb.shape[1], frames_rgb.shape[2])
-        return np.stack([select_person(people, frame_hw) for people in self.people(frames_rgb)])

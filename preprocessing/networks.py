@@ -1,78 +1,22 @@
-"""Detectors and pose networks of several kinds, told apart by the shapes in their ONNX files."""
+"""The person detector and the whole-body pose network, of whichever kind."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 
 from preprocessing.detection import decode_people, detector_input
 from preprocessing.heatmaps import decode_heatmaps
-from preprocessing.onnx_model import OnnxModel
+from preprocessing.network_kinds import DetectorKind, PoseKind, detector_kind, pose_kind
+from preprocessing.onnx_model import NetworkOptions, OnnxModel
 from preprocessing.pose import NUM_KEYPOINTS, Crops, crops_of_boxes, pose_input
 from preprocessing.simcc import decode_depth, decode_simcc, simcc_input
 from preprocessing.types import WAN, Float, Frames, PreprocessProfile
-from preprocessing.yolo import letterbox_bgr, num_cells, rows_from_labelled, rows_from_yolov8, rows_from_yolox
+from preprocessing.yolo import letterbox_bgr
 
-Shape = tuple[Any, ...]
 _DETECTOR_HW, _POSE_HW = (640, 640), (256, 192)  # of files that leave height and width free
-_LEAST_CELL_ROWS = 1000  # YOLOv10 gives a few hundred rows, a grid of cells thousands
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DetectorKind:
-    """How a detector is recognised by its outputs' shapes (and input height, width), fed and read.
-
-    keeps_aspect: frames go in with grey borders, BGR 0..255; otherwise stretched, RGB 0..1.
-    rows: turns its outputs into (N, R, 6) x1, y1, x2, y2, score, class in pixels of its input.
-    """
-
-    name: str
-    outputs: str
-    fits: Callable[[list[Shape], tuple[int, int]], bool]
-    keeps_aspect: bool
-    rows: Callable[[list[Float], tuple[int, int]], Float]
-
-
-DETECTOR_KINDS = (
-    DetectorKind(
-        name="YOLOX or RTMDet by mmdeploy", outputs="(N, R, 5) and (N, R)",
-        fits=lambda shapes, hw: len(shapes) >= 2 and _ends(shapes[0], 3, 5) and len(shapes[1]) == 2,
-        keeps_aspect=True, rows=lambda outputs, hw: rows_from_labelled(outputs[0], outputs[1]),
-    ),
-    DetectorKind(
-        name="YOLOX", outputs="(N, cells, 5 + C)",
-        fits=lambda shapes, hw: len(shapes[0]) == 3 and shapes[0][1] == num_cells(hw) and _at_least(shapes[0][2], 6),
-        keeps_aspect=True, rows=lambda outputs, hw: rows_from_yolox(outputs[0], hw),
-    ),
-    DetectorKind(
-        name="YOLOv8", outputs="(N, 4 + C, cells)",
-        fits=lambda shapes, hw: len(shapes[0]) == 3 and shapes[0][2] == num_cells(hw) and _at_least(shapes[0][1], 5),
-        keeps_aspect=False, rows=lambda outputs, hw: rows_from_yolov8(outputs[0]),
-    ),
-    DetectorKind(
-        name="YOLOv10", outputs="(N, R, 6)",
-        fits=lambda shapes, hw: _ends(shapes[0], 3, 6) and not _at_least(shapes[0][1], _LEAST_CELL_ROWS),
-        keeps_aspect=False, rows=lambda outputs, hw: outputs[0],
-    ),
-)  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PoseKind:
-    """How a pose network is recognised by its outputs' shapes; `axes`: of SimCC, 0: heat maps."""
-
-    name: str
-    outputs: str
-    axes: int
-
-
-POSE_KINDS = (
-    PoseKind(name="ViTPose", outputs=f"heat maps (N, {NUM_KEYPOINTS}, h, w)", axes=0),
-    PoseKind(name="RTMPose, RTMW or DWPose", outputs=f"two SimCC outputs (N, {NUM_KEYPOINTS}, bins)", axes=2),
-    PoseKind(name="RTMW3D", outputs=f"three SimCC outputs (N, {NUM_KEYPOINTS}, bins)", axes=3),
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -92,11 +36,7 @@ class PersonFinder:
     def __init__(self, model: OnnxModel) -> None:
         self._model = model
         self._hw = _input_hw(model, _DETECTOR_HW)
-        shapes = model.output_shapes
-        kind = next((kind for kind in DETECTOR_KINDS if kind.fits(shapes, self._hw)), None)
-        if kind is None or not _takes_pictures(model):
-            raise ValueError(_unknown(model, "person detector", [(k.name, k.outputs) for k in DETECTOR_KINDS]))
-        self.kind: DetectorKind = kind
+        self.kind: DetectorKind = detector_kind(model, self._hw)
 
     @property
     def seconds_in_network(self) -> float:
@@ -126,10 +66,7 @@ class PoseMeasurer:
     def __init__(self, model: OnnxModel, *, profile: PreprocessProfile) -> None:
         self._model, self._profile = model, profile
         self._hw = _input_hw(model, _POSE_HW)
-        kind = _pose_kind(model.output_shapes) if _takes_pictures(model) else None
-        if kind is None:
-            raise ValueError(_unknown(model, "whole-body pose network", [(k.name, k.outputs) for k in POSE_KINDS]))
-        self.kind: PoseKind = kind
+        self.kind: PoseKind = pose_kind(model, self._hw)
 
     @property
     def seconds_in_network(self) -> float:
@@ -174,60 +111,16 @@ class PoseMeasurer:
         return decode_heatmaps(self._model.run(batch), center_xy=crops.center_xy, size_wh=crops.size_wh)
 
 
-def open_detector(
-    path: str | Path, *, provider: str = "cpu", num_threads: int = 1, batch_frames: int = 8
-) -> PersonFinder:
+def open_detector(path: str | Path, **options: Unpack[NetworkOptions]) -> PersonFinder:
     """Open a person detector. Raises ValueError as `OnnxModel` does, or for a file of no known kind."""
-    return PersonFinder(_open(path, provider=provider, num_threads=num_threads, batch_frames=batch_frames))
+    return PersonFinder(OnnxModel(path, **options))
 
 
-def open_pose(
-    path: str | Path,
-    *,
-    provider: str = "cpu",
-    num_threads: int = 1,
-    batch_frames: int = 8,
-    profile: PreprocessProfile = WAN,
-) -> PoseMeasurer:
+def open_pose(path: str | Path, *, profile: PreprocessProfile = WAN, **options: Unpack[NetworkOptions]) -> PoseMeasurer:
     """Open a whole-body pose network. Raises ValueError as `OnnxModel` does, or for a file of no known kind."""
-    model = _open(path, provider=provider, num_threads=num_threads, batch_frames=batch_frames)
-    return PoseMeasurer(model, profile=profile)
-
-
-def _open(path: str | Path, **options: Any) -> OnnxModel:
-    """A folder means `end2end.onnx` in it, as mmdeploy exports."""
-    path = Path(path)
-    return OnnxModel(path / "end2end.onnx" if path.is_dir() else path, **options)
-
-
-def _pose_kind(shapes: list[Shape]) -> PoseKind | None:
-    if any(len(shape) < 3 or (shape[1] not in (NUM_KEYPOINTS, None) and isinstance(shape[1], int)) for shape in shapes):
-        return None
-    axes = 0 if len(shapes[0]) == 4 else len(shapes)
-    return next((kind for kind in POSE_KINDS if kind.axes == axes), None)
-
-
-def _takes_pictures(model: OnnxModel) -> bool:
-    return len(model.input_shape) == 4 and model.input_shape[1] == 3
+    return PoseMeasurer(OnnxModel(path, **options), profile=profile)
 
 
 def _input_hw(model: OnnxModel, default: tuple[int, int]) -> tuple[int, int]:
     height, width = model.input_shape[2:] if len(model.input_shape) == 4 else (None, None)
     return (height, width) if isinstance(height, int) and isinstance(width, int) else default
-
-
-def _ends(shape: Shape, num_dims: int, last: int) -> bool:
-    return len(shape) == num_dims and shape[-1] == last
-
-
-def _at_least(size: Any, least: int) -> bool:
-    return isinstance(size, int) and size >= least
-
-
-def _unknown(model: OnnxModel, what: str, known: list[tuple[str, str]]) -> str:
-    kinds = "; ".join(f"{name}: {outputs}" for name, outputs in known)
-    shapes = ", ".join(map(str, model.output_shapes))
-    return (
-        f"{model.path}: input {model.input_shape}, outputs {shapes}; a {what} has input (N, 3, H, W) and outputs like "
-        f"one of these: {kinds}"
-    )

@@ -1,18 +1,26 @@
 """One ONNX network: opened with the provider asked for, run over batches of any size."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
+from preprocessing.half_precision import half_precision
+from preprocessing.network_files import cache_folder, content_hash, first_input, read_graph
+from preprocessing.providers import PROVIDERS, Provider, Setup, find_provider, providers_of_session
 from preprocessing.types import Float
 
-_PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
+
+class NetworkOptions(TypedDict, total=False):
+    """How a network runs: see `OnnxModel`."""
+
+    provider: str
+    device_id: int
+    num_threads: int
+    batch_frames: int
+    fp16: bool
 
 
 class OnnxModel:
@@ -23,37 +31,32 @@ class OnnxModel:
     """
 
     def __init__(
-        self, onnx_path: str | Path, *, provider: str = "cpu", num_threads: int = 1, batch_frames: int = 8
+        self,
+        onnx_path: str | Path,
+        *,
+        provider: str = "cpu",
+        device_id: int = 0,
+        num_threads: int = 1,
+        batch_frames: int = 8,
+        fp16: bool = False,
     ) -> None:
         """Open the file, or the `end2end.onnx` of a folder: a network beyond 2 GB lies there with its weights.
 
-        `num_threads` is of the CPU, inside one operator.
+        provider: cpu, cuda or tensorrt, the latter two on GPU `device_id`. num_threads: of the CPU, inside one
+        operator. fp16: compute in half precision; inputs and outputs stay as they are.
 
-        Raises ValueError for a missing or damaged file and for a provider that this onnxruntime lacks: it is
-        never replaced by another one.
+        Raises ValueError for a missing or damaged file and for a provider that this onnxruntime lacks or cannot start:
+        it is never replaced by another one.
         """
-        import onnxruntime
-
         path = Path(onnx_path)
-        path = path / "end2end.onnx" if path.is_dir() else path
-        if not path.is_file():
-            raise ValueError(f"{path}: no such model file")
-        wanted = _PROVIDERS.get(provider, provider)
-        available = onnxruntime.get_available_providers()
-        if wanted not in available:
-            raise ValueError(
-                f"provider {provider!r} is not in this onnxruntime, which has {', '.join(available)}: "
-                "choose one of these, or install the build of onnxruntime that has it"
-            )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = num_threads
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=[wanted])
-        except Exception as error:  # onnxruntime's own exception classes share no public base
-            raise ValueError(f"{path}: not a complete ONNX model ({str(error).splitlines()[0]})") from error
-        if wanted not in self._session.get_providers():
-            raise ValueError(f"{path}: provider {provider!r} is in this onnxruntime but does not start here")
-        self.path = path
+        self.path = path / "end2end.onnx" if path.is_dir() else path
+        if not self.path.is_file():
+            raise ValueError(f"{self.path}: no such model file")
+        wanted = find_provider(provider)
+        # A provider that builds engines makes the numbers smaller by itself.
+        file = half_precision(self.path) if fp16 and not wanted.builds_engines else self.path
+        setup = _setup(file, wanted, device_id=device_id, batch_frames=batch_frames, fp16=fp16)
+        self._session = _open(file, wanted, setup, num_threads=num_threads)
         self._input = self._session.get_inputs()[0]
         self._outputs = self._session.get_outputs()
         self._dtype = np.float16 if self._input.type == "tensor(float16)" else np.float32
@@ -68,14 +71,9 @@ class OnnxModel:
         return tuple(self._input.shape)
 
     @property
-    def output_shape(self) -> tuple[Any, ...]:
-        """Shape in the file; names in place of sizes that are free."""
-        return self.output_shapes[0]
-
-    @property
-    def output_shapes(self) -> list[tuple[Any, ...]]:
-        """Shapes of all outputs in the file; names in place of sizes that are free."""
-        return [tuple(output.shape) for output in self._outputs]
+    def metadata(self) -> dict[str, str]:
+        """What the exporter noted in the file."""
+        return dict(self._session.get_modelmeta().custom_metadata_map)
 
     def run(self, batch: Float) -> Float:
         """Run the network on one batch of at most `batch_frames` and return its first output."""
@@ -97,3 +95,38 @@ class OnnxModel:
         self.seconds_in_network += time.perf_counter() - start
         arrays = [np.asarray(output)[:num] for output in outputs]
         return [array.astype(np.float32) if array.dtype == np.float16 else array for array in arrays]
+
+
+def _setup(file: Path, provider: Provider, *, device_id: int, batch_frames: int, fp16: bool) -> Setup:
+    """Only a provider that builds engines must know the network, by its content, before it opens it."""
+    setup = Setup(device_id=device_id, batch_frames=batch_frames, fp16=fp16)
+    if not provider.builds_engines:
+        return setup
+    graph = read_graph(file)
+    name, shape = first_input(graph)
+    engines = cache_folder() / "tensorrt" / content_hash(file, graph)
+    engines.mkdir(parents=True, exist_ok=True)
+    return replace(setup, input_name=name, input_shape=shape, engines=engines)
+
+
+def _open(file: Path, provider: Provider, setup: Setup, *, num_threads: int) -> Any:
+    """Start an onnxruntime.InferenceSession, on what was asked for."""
+    import onnxruntime
+
+    if provider is not PROVIDERS["cpu"]:
+        onnxruntime.preload_dlls()  # CUDA and cuDNN from pip packages, which the loader does not find by itself
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    chosen = providers_of_session(provider, setup)
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=chosen, enable_fallback=0)
+    except Exception as error:  # onnxruntime's own exception classes share no public base
+        raise ValueError(
+            f"{file}: not a complete ONNX model, or none that {provider.name} takes ({str(error).splitlines()[0]})"
+        ) from error
+    if provider.name not in session.get_providers():
+        raise ValueError(
+            f"{file}: {provider.name} is in this onnxruntime but does not start here; is there a GPU "
+            f"(nvidia-smi), and are its libraries: pip install {provider.packages}"
+        )
+    return session

@@ -62,6 +62,9 @@ def _add_animate(parser: argparse.ArgumentParser) -> None:
     people.add_argument("--edited-reference", help="the reference's person in a standard pose")
     people.add_argument("--flux", help="folder of FLUX.1-Kontext, which makes the edited pictures that are not given")
     people.add_argument("--flux-seed", type=int, default=0, help="another one gives other pictures")
+    people.add_argument(
+        "--pose-channel-order", choices=["rgb", "bgr"], help="what the pose network sees (default: the profile's)"
+    )
     networks = parser.add_argument_group("networks")
     networks.add_argument("--models", type=Path, help="folder with all three, as `wan-preprocess download` fills it")
     networks.add_argument("--detector", type=Path, help="ONNX person detector")
@@ -72,6 +75,7 @@ def _add_animate(parser: argparse.ArgumentParser) -> None:
         help="ONNX person segmenter, SAM2 checkpoint (.pt) or transformers folder; or `sam2`: the one of --models",
     )
     networks.add_argument("--provider", default="cpu", help="onnxruntime provider: cpu, cuda or tensorrt")
+    networks.add_argument("--fp16", action="store_true", help="ONNX networks in half precision")
     networks.add_argument("--num-threads", type=int, default=0, help="threads of a network, 0 for all cores")
     networks.add_argument("--batch-frames", type=int, default=8, help="frames that a network takes at a time")
     parser.set_defaults(command="animate")

@@ -1,13 +1,12 @@
 """The networks that find, measure and cut out people, opened once for a run."""
 
-from typing import Any
-
 from preprocessing.detection import select_person
 from preprocessing.networks import open_detector, open_pose
+from preprocessing.onnx_model import NetworkOptions
 from preprocessing.pose import metas_from_keypoints
 from preprocessing.segmentation import open_segmenter
 from preprocessing.settings import ModelFiles, Runtime, Settings
-from preprocessing.types import PROFILES, Frames, PoseMetas
+from preprocessing.types import Frames, PoseMetas
 
 
 class PeopleNetworks:
@@ -21,9 +20,10 @@ class PeopleNetworks:
             raise ValueError("finding people needs --detector, --pose and --segmenter, or --models with all three")
         models.check()
         self.settings = settings
-        self.profile = PROFILES[settings.profile]
-        options: dict[str, Any] = {
-            "provider": runtime.provider, "num_threads": runtime.num_threads, "batch_frames": runtime.batch_frames,
+        self.profile = settings.behaviour
+        options: NetworkOptions = {
+            "provider": runtime.provider, "device_id": runtime.device_id, "num_threads": runtime.num_threads,
+            "batch_frames": runtime.batch_frames, "fp16": settings.fp16,
         }  # fmt: skip
         self.detector = open_detector(models.detector, **options)
         self.pose = open_pose(models.pose, profile=self.profile, **options)

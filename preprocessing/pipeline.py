@@ -15,7 +15,7 @@ from preprocessing.inputs import Source
 from preprocessing.people import PeopleNetworks
 from preprocessing.rejection import Rejected, RejectedClip
 from preprocessing.settings import ModelFiles, Runtime, Settings
-from preprocessing.types import PROFILES, Frames, Int
+from preprocessing.types import Frames, Int
 from preprocessing.video import VideoInfo, encode_mp4, probe, sample_indices, sample_indices_by_time
 from preprocessing.video_pass import VideoPass
 
@@ -38,7 +38,7 @@ class Pipeline:
     ) -> None:
         """`described`: what `describe` says of these arguments, where the caller knows it already."""
         self.settings = settings
-        self.profile = PROFILES[settings.profile]
+        self.profile = settings.behaviour
         self.networks = PeopleNetworks(settings, models, runtime) if settings.kind == "animate" else None
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
         self.described = describe(settings, models) if described is None else described

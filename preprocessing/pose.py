@@ -1,13 +1,10 @@
 """Whole-body key points: crops for a ViTPose-style network, and point layouts."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
 
-from preprocessing.heatmaps import decode_heatmaps
-from preprocessing.onnx_model import OnnxModel
 from preprocessing.types import WAN, Float, Frames, Int, PoseMetas, PreprocessProfile, check_frames
 from wan_accel.data.skeleton import DRAWING_THRESHOLD
 
@@ -153,67 +150,3 @@ def hide_low_scores(pose62: Float) -> Float:
     """Return (..., 3) points with x, y NaN where the score is below the drawing threshold (0.5)."""
     shown = pose62[..., 2:] >= DRAWING_THRESHOLD
     return np.concatenate([np.where(shown, pose62[..., :2], np.nan), pose62[..., 2:]], axis=-1)
-
-
-class WholeBodyPose:
-    """Measures COCO-WholeBody points with a network (N, 3, H, W) -> heatmaps (N, 133, H/4, W/4)."""
-
-    def __init__(
-        self,
-        onnx_path: str | Path,
-        *,
-        provider: str = "cpu",
-        num_threads: int = 1,
-        batch_frames: int = 8,
-        profile: PreprocessProfile = WAN,
-    ) -> None:
-        """Open the network; a folder means `end2end.onnx` in it. Raises ValueError as `OnnxModel` does."""
-        path = Path(onnx_path)
-        self._model = OnnxModel(
-            path / "end2end.onnx" if path.is_dir() else path,
-            provider=provider,
-            num_threads=num_threads,
-            batch_frames=batch_frames,
-        )
-        shapes = self._model.input_shape, self._model.output_shape
-        if len(shapes[0]) != 4 or shapes[0][1] != 3 or len(shapes[1]) != 4:
-            raise ValueError(
-                f"{self._model.path}: input {shapes[0]}, output {shapes[1]}; a whole-body pose network has "
-                f"input (N, 3, H, W) and output heatmaps (N, {NUM_KEYPOINTS}, h, w), as ViTPose exports"
-            )
-        height, width = shapes[0][2:]
-        self._input_hw = (height, width) if isinstance(height, int) and isinstance(width, int) else (256, 192)
-        self._profile = profile
-
-    def __call__(self, frames_rgb: Frames, boxes_xyxys: Float) -> Float:
-        """Measure one person a frame.
-
-        frames_rgb: (T, H, W, 3) uint8. boxes_xyxys: (T, 5), score below 0: nobody there.
-        Returns (T, 133, 3) float32: x, y in frame pixels, score. With the `wan` profile a frame without a
-        person is not run through the network: x, y are NaN, the score is 0.
-        """
-        check_frames(frames_rgb)
-        if boxes_xyxys.shape != (len(frames_rgb), 5):
-            raise ValueError(f"boxes of shape {boxes_xyxys.shape} for {len(frames_rgb)} frames, give (T, 5)")
-        measured = np.ones(len(frames_rgb), bool)
-        if self._profile.frame_without_person == "absent":
-            measured = boxes_xyxys[:, 4] > 0
-        keypoints = np.full((len(frames_rgb), NUM_KEYPOINTS, 3), np.nan, np.float32)
-        keypoints[..., 2] = 0
-        todo = np.flatnonzero(measured)
-        for start in range(0, len(todo), self._model.batch_frames):
-            batch = todo[start : start + self._model.batch_frames]
-            keypoints[batch] = self._measure(frames_rgb[batch], boxes_xyxys[batch])
-        return keypoints
-
-    def _measure(self, frames_rgb: Frames, boxes_xyxys: Float) -> Float:
-        frame_hw = (frames_rgb.shape[1], frames_rgb.shape[2])
-        crops = crops_of_boxes(boxes_xyxys, frame_hw, input_hw=self._input_hw)
-        batch = pose_input(frames_rgb, crops, input_hw=self._input_hw, profile=self._profile)
-        heatmaps = self._model.run(batch)
-        if heatmaps.shape[1] != NUM_KEYPOINTS:
-            raise ValueError(
-                f"{self._model.path} gives {heatmaps.shape[1]} key points, expected {NUM_KEYPOINTS} "
-                "(COCO-WholeBody)"
-            )
-        return decode_heatmaps(heatmaps, center_xy=crops.center_xy, size_wh=crops.size_wh)

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, Unpack, get_args
 
 from preprocessing.box_segmenter import BoxSegmenter
 from preprocessing.masks import Mask
+from preprocessing.onnx_model import NetworkOptions
 from preprocessing.types import WAN, Frames, Person, PreprocessProfile
 from preprocessing.video_segmenter import VideoSegmenter
 
@@ -46,18 +47,16 @@ def open_segmenter(
     kind: SegmenterKind,
     path: Path,
     *,
-    provider: str = "cpu",
-    num_threads: int = 1,
-    batch_frames: int = 8,
     device: str = "cpu",
     profile: PreprocessProfile = WAN,
+    **options: Unpack[NetworkOptions],
 ) -> Segmenter:
-    """Open a segmenter: `onnx` with its provider, threads and batch, the others on a torch device.
+    """Open a segmenter: `onnx` with the options of its network, the others on a torch device.
 
     Raises ValueError for a file of another kind.
     """
     if kind == "onnx":
-        return BoxSegmenter(path, provider=provider, num_threads=num_threads, batch_frames=batch_frames)
+        return BoxSegmenter(path, **options)
     if kind == "sam2":
         from preprocessing.sam2_video import Sam2Propagator
 

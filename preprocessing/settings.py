@@ -1,12 +1,12 @@
 """What a run of `wan-preprocess` is given: settings, model files, how networks run; checked before work starts."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from preprocessing.thresholds import Bound
-from preprocessing.types import PROFILES
+from preprocessing.types import PROFILES, ChannelOrder, PreprocessProfile
 from preprocessing.windows import People
 
 Kind = Literal["animate", "clips"]
@@ -29,6 +29,7 @@ class Settings:
     retarget: fit the pose to the reference's proportions: `one_step` measures bones in the video and the reference,
         `two_step` in pictures of both people in a standard pose: edited_template and edited_reference, or the
         manifest's, or else made by the FLUX.1-Kontext pipeline in the folder `flux`.
+    pose_channel_order: what the pose network sees; by default the profile's. fp16: ONNX networks in half precision.
     quality: bounds of figures, by name; a clip outside one is rejected.
     """
 
@@ -49,7 +50,9 @@ class Settings:
     divisor: int = 16
     max_clips: int | None = None
     profile: str = "wan"
+    pose_channel_order: ChannelOrder | None = None
     segmenter: SegmenterKind = "onnx"
+    fp16: bool = False
     quality: Mapping[str, Bound] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -96,9 +99,16 @@ class Settings:
         """Frames from one clip's start to the next's."""
         return self.stride or self.num_frames
 
+    @property
+    def behaviour(self) -> PreprocessProfile:
+        """The profile, with what was chosen apart from it."""
+        profile = PROFILES[self.profile]
+        return replace(profile, pose_channel_order=self.pose_channel_order or profile.pose_channel_order)
+
     def described(self) -> dict[str, Any]:
         """The settings as they are stored and compared."""
-        return {**asdict(self), "quality": {name: asdict(bound) for name, bound in self.quality.items()}}
+        quality = {name: asdict(bound) for name, bound in self.quality.items()}
+        return {**asdict(self), "quality": quality, "pose_channel_order": self.behaviour.pose_channel_order}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 Float = NDArray[np.floating[Any]]
 Int = NDArray[np.integer[Any]]
 Frames = NDArray[np.uint8]  # (T, H, W, 3) RGB
+ChannelOrder = Literal["rgb", "bgr"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -98,7 +99,7 @@ class PreprocessProfile:
     boxes: Literal["smoothed", "as_detected"]
     shots: Literal["split", "ignored"]
     """Whether clips may reach across cuts."""
-    pose_channel_order: Literal["rgb", "bgr"]
+    pose_channel_order: ChannelOrder
     """Channel order that the pose network sees; its normalisation constants are those of RGB."""
     frame_without_person: Literal["full_frame", "absent"]
     """Pose of a frame without a person: measured on the whole frame, or NaN points of score 0."""

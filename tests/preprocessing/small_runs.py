@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from preprocessing.description import describe
+from preprocessing.detection import select_person
 from preprocessing.inputs import Source
 from preprocessing.job import JobOptions, Summary, run
 from preprocessing.pipeline import Pipeline
@@ -65,6 +66,11 @@ def _job(paths, given: dict) -> tuple[tuple, dict]:
     sources = [Source(**{**NOTHING_SAID, "path": str(path)}) for path in paths]
     job = JobOptions(runtimes=[Runtime(num_threads=1)] * workers, **options)
     return (chosen, models, sources), {"described": describe(chosen, models), "options": job}
+
+
+def main_people(detector, frames) -> np.ndarray:
+    """The main person of each frame: (T, 5), score below 0 for nobody."""
+    return np.stack([select_person(people, frames.shape[1:3]) for people in detector.people(frames)])
 
 
 def write_video(path: Path, frames, *, fps: float = 30.0) -> Path:

@@ -46,7 +46,7 @@ def refused(capsys, arguments: list[str]) -> str:
         ([WALKER, "--reference", "x.png"], "--reference x.png is for --purpose drive"),
         ([WALKER, "--retarget"], "--retarget is for --purpose drive"),
         ([WALKER, "--purpose", "watch"], "argument --purpose: invalid choice: 'watch'"),
-        ([WALKER, "--provider", "abacus"], "provider 'abacus' is not in this onnxruntime"),
+        ([WALKER, "--provider", "abacus"], "provider 'abacus' is unknown: use cpu, cuda, tensorrt"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(capsys, tmp_path, arguments, message):
@@ -95,9 +95,21 @@ def test_the_same_command_again_says_that_nothing_is_to_do(made, capsys):
     assert "1 of 1 videos done (100.0%): 1 finished, 0 rejected; 1 clips; 0 jobs" in capsys.readouterr().out
 
 
-def test_another_setting_is_refused_with_the_difference(made, capsys):
-    line = refused(capsys, [*made[1], "--caption", "a woman"])
-    assert "caption: '' there, 'a woman' now" in line
+@pytest.mark.parametrize(
+    ("changed", "difference"),
+    [
+        (["--caption", "a woman"], "caption: '' there, 'a woman' now"),
+        (["--pose-channel-order", "bgr"], "pose_channel_order: 'rgb' there, 'bgr' now"),
+        (["--fp16"], "fp16: False there, True now"),
+    ],
+)
+def test_another_setting_is_refused_with_the_difference(made, capsys, changed, difference):
+    assert difference in refused(capsys, [*made[1], *changed])
+
+
+def test_a_setting_that_says_what_the_profile_says_is_no_difference(made, capsys):
+    assert main([*made[1], "--pose-channel-order", "rgb"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_verify_accepts_a_sound_dataset_and_names_a_damaged_part(made, capsys, tmp_path):

@@ -1,12 +1,11 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
+from small_runs import DEMO, MODELS, main_people
 
-from preprocessing.detection import PersonDetector, decode_people, select_person
+from preprocessing.detection import decode_people, select_person
+from preprocessing.networks import open_detector
 from preprocessing.video import decode_frames
 
-DEMO = Path(__file__).parents[2] / "demo"
 HW = (640, 640)
 
 
@@ -18,7 +17,7 @@ def rows_of(*boxes):
 
 @pytest.fixture(scope="module")
 def detector():
-    return PersonDetector(DEMO / "models/person_detector.onnx", num_threads=2, batch_frames=4)
+    return open_detector(MODELS.detector, num_threads=2, batch_frames=4)
 
 
 def test_people_come_best_first_without_duplicates_and_other_classes():
@@ -53,11 +52,11 @@ def test_both_people_are_found_in_every_frame(detector):
 
 def test_batches_change_nothing(detector):
     frames = decode_frames(DEMO / "videos/walker.mp4", range(0, 90, 15)).frames_rgb
-    one_by_one = np.concatenate([detector(frame[None]) for frame in frames])
-    np.testing.assert_allclose(detector(frames), one_by_one, atol=1e-5)
+    one_by_one = np.concatenate([main_people(detector, frame[None]) for frame in frames])
+    np.testing.assert_allclose(main_people(detector, frames), one_by_one, atol=1e-5)
 
 
 def test_an_empty_scene_has_nobody(detector):
     frames = np.full((2, 90, 160, 3), 127, np.uint8)
-    assert (detector(frames)[:, 4] == -1).all()
+    assert (main_people(detector, frames)[:, 4] == -1).all()
     assert [people.shape for people in detector.people(frames)] == [(0, 5), (0, 5)]

@@ -1,14 +1,14 @@
+import json
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from small_runs import DEMO, MODELS
+from small_runs import DEMO, MODELS, main_people, part_of, pipeline, process
 
-from preprocessing.detection import PersonDetector
 from preprocessing.networks import open_detector, open_pose
-from preprocessing.pose import WholeBodyPose, crops_of_boxes
+from preprocessing.pose import crops_of_boxes
 from preprocessing.simcc import DEPTH_RANGE_METRES, simcc_input
 from preprocessing.types import PROFILES
 from preprocessing.video import decode_frames
@@ -97,17 +97,16 @@ def walker():
     return decode_frames(DEMO / "videos/walker.mp4", range(5)).frames_rgb
 
 
-def test_the_demos_networks_are_recognised_and_give_the_same_as_before(walker):
+def test_the_demos_networks_are_recognised_and_used(walker):
     detector, pose = open_detector(MODELS.detector), open_pose(MODELS.pose)
     assert (detector.kind.name, pose.kind.name) == ("YOLOv10", "ViTPose")
-    expected = PersonDetector(MODELS.detector)
-    for people, wanted in zip(detector.people(walker), expected.people(walker), strict=True):
-        np.testing.assert_array_equal(people, wanted)
-    boxes = expected(walker)
+    assert detector.seconds_in_network == pose.seconds_in_network == 0  # opening does not count
+    boxes = main_people(detector, walker)
     boxes[2, 4] = -1
     measured = pose(list(walker), boxes)
-    np.testing.assert_array_equal(measured.keypoints, WholeBodyPose(MODELS.pose)(walker, boxes))
     assert measured.keypoints_3d is None and np.isnan(measured.keypoints[2, :, :2]).all()
+    nose = measured.keypoints[[0, 1, 3, 4], 0, :2]
+    assert ((boxes[[0, 1, 3, 4], :2] < nose) & (nose < boxes[[0, 1, 3, 4], 2:4])).all()
     assert detector.seconds_in_network > 0 and pose.seconds_in_network > 0
 
 
@@ -172,6 +171,17 @@ def test_simcc_crops_are_centred_and_normalised():
         np.testing.assert_allclose(batch[0, :, 0, 0], -mean / std, atol=1e-5)
 
 
+def test_networks_that_take_one_picture_at_a_time_work(tmp_path):
+    detector = open_detector(constant_network(tmp_path / "yolox.onnx", DETECTOR_HW, [yolox_output()], batch=1))
+    assert [len(people) for people in detector.people(frames(3))] == [1, 1, 1]
+    maps = np.zeros((133, 16, 12))
+    maps[:, 8, 6] = 0.9
+    pose = open_pose(constant_network(tmp_path / "vitpose.onnx", POSE_HW, [maps], batch=1))
+    measured = pose(frames(3), np.array([[10, 20, 70, 100, 0.9]] * 3)).keypoints
+    np.testing.assert_array_equal(measured[1:], measured[:2])
+    np.testing.assert_allclose(measured[..., 2], 0.9, rtol=1e-6)
+
+
 @pytest.mark.parametrize("opening", [open_detector, open_pose])
 def test_an_unknown_network_is_refused_with_the_known_kinds(tmp_path, opening):
     path = constant_network(tmp_path / "other.onnx", (64, 64), [np.zeros((4, 3))])
@@ -179,3 +189,75 @@ def test_an_unknown_network_is_refused_with_the_known_kinds(tmp_path, opening):
         ValueError, match=r"other\.onnx: input \('N', 3, 64, 64\), outputs \('N', 4, 3\); a .* one of these: "
     ):
         opening(path)
+
+
+BODY17 = [np.zeros((17, 16, 12))]
+SIMCC17 = [np.zeros((17, 96)), np.zeros((17, 128))]
+ANCHORS = num_cells(DETECTOR_HW)
+
+
+@pytest.mark.parametrize(
+    ("opening", "outputs", "message"),
+    [
+        (open_pose, BODY17, r"\(a pose network of 17 key points\?\); a whole-body .*ViTPose: heat maps \(N, 133"),
+        (open_pose, SIMCC17, r"\(a pose network of 17 key points\?\); a whole-body .*RTMW3D: three SimCC outputs"),
+        (open_pose, [np.zeros(1000)], r"\(a classification network\?\); a whole-body pose network has"),
+        (open_detector, [np.zeros(1000)], r"\(a classification network\?\); a person detector .*YOLOv10: \(N, R, 6\)"),
+        (open_detector, BODY17, r"\(a pose network of 17 key points\?\); a person detector has"),
+    ],
+)
+def test_a_network_for_another_task_is_called_what_it_may_be(tmp_path, opening, outputs, message):
+    with pytest.raises(ValueError, match=message):
+        opening(constant_network(tmp_path / "other.onnx", DETECTOR_HW, outputs))
+
+
+def noting(path: Path, **notes: str) -> Path:
+    """Note something in the file, as exporters do."""
+    model = onnx.load(path)
+    helper.set_model_props(model, notes)
+    onnx.save(model, path)
+    return path
+
+
+def test_a_size_that_the_file_leaves_open_is_found_out(tmp_path):
+    """`torch.onnx.export` with dynamic axes names sizes; 17 key points are seen all the same."""
+    path = constant_network(tmp_path / "open.onnx", POSE_HW, BODY17)
+    model = onnx.load(path)
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "keypoints"
+    onnx.save(model, path)
+    with pytest.raises(ValueError, match=r"outputs \('N', 17, 16, 12\) \(a pose network of 17 key points"):
+        open_pose(path)
+
+
+def test_a_detector_without_people_is_refused_by_its_classes(tmp_path):
+    output = np.zeros((6, ANCHORS))
+    path = constant_network(tmp_path / "cars.onnx", DETECTOR_HW, [output])
+    open_detector(noting(path, names="{0: 'person', 1: 'car'}"))
+    with pytest.raises(ValueError, match=r"cars\.onnx: its classes are car, person; class 0 of a person detector is"):
+        open_detector(noting(path, names="{0: 'car', 1: 'person'}"))
+    with pytest.raises(ValueError, match=r"names 3 classes \(a, b, c\), but as YOLOv8 its output .* has 2"):
+        open_detector(noting(path, names="['a', 'b', 'c']"))
+    open_detector(noting(path, names="person"))  # no list of classes, so nothing to compare
+
+
+def test_a_network_of_the_same_shape_for_another_task_is_noticed_by_its_scores(tmp_path):
+    """YOLOv8 for key points gives box, score and 17 x, y, score: the shape of a detector of 52 classes."""
+    output = np.zeros((4 + 1 + 17 * 3, ANCHORS))
+    output[5::3] = 300
+    with pytest.raises(ValueError, match=r"read as YOLOv8 it gives scores up to 300, which lie in 0\.\.1; it looks"):
+        open_detector(constant_network(tmp_path / "pose.onnx", DETECTOR_HW, [output]))
+
+
+def test_the_pose_networks_channel_order_can_be_chosen_apart_from_the_profile(tmp_path):
+    video = part_of("walker.mp4", tmp_path / "short.mp4", range(16))
+    for profile, default, other in (("wan", "rgb", "bgr"), ("upstream", "bgr", "rgb")):
+        plain, same, changed = (
+            process(pipeline(profile=profile, pose_channel_order=order, max_clips=1), video)[0]
+            for order in (None, default, other)
+        )
+        assert json.loads(plain["provenance"])["settings"]["pose_channel_order"] == default
+        assert json.loads(changed["provenance"])["settings"]["pose_channel_order"] == other
+        assert plain["settings_hash"] == same["settings_hash"] != changed["settings_hash"]
+        np.testing.assert_array_equal(same["keypoints"], plain["keypoints"])
+        np.testing.assert_array_equal(changed["boxes"], plain["boxes"])  # the detector sees RGB all the same
+        assert np.median(np.abs(np.subtract(changed["keypoints"], plain["keypoints"])[..., :2])) > 0.2

@@ -1,12 +1,10 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
+from small_runs import DEMO, MODELS, main_people
 
-from preprocessing.detection import PersonDetector
 from preprocessing.heatmaps import decode_heatmaps
+from preprocessing.networks import open_detector, open_pose
 from preprocessing.pose import (
-    WholeBodyPose,
     crops_of_boxes,
     hide_low_scores,
     metas_from_keypoints,
@@ -16,19 +14,18 @@ from preprocessing.pose import (
 from preprocessing.types import PROFILES
 from preprocessing.video import decode_frames
 
-DEMO = Path(__file__).parents[2] / "demo"
 UPSTREAM = PROFILES["upstream"]
 
 
 @pytest.fixture(scope="module")
 def walker():
     frames = decode_frames(DEMO / "videos/walker.mp4", [0, 30, 60]).frames_rgb
-    return frames, PersonDetector(DEMO / "models/person_detector.onnx")(frames)
+    return frames, main_people(open_detector(MODELS.detector), frames)
 
 
 @pytest.fixture(scope="module")
 def network():
-    return WholeBodyPose(DEMO / "models/wholebody133.onnx", num_threads=2, batch_frames=2)
+    return open_pose(MODELS.pose, num_threads=2, batch_frames=2)
 
 
 def test_gaussians_are_located_to_a_hundredth_of_a_cell():
@@ -70,10 +67,10 @@ def test_frames_without_a_person_are_absent(walker, network):
     frames, boxes = walker
     boxes = boxes.copy()
     boxes[1, 4] = -1
-    keypoints = network(frames, boxes)
+    keypoints = network(frames, boxes).keypoints
     assert np.isnan(keypoints[1, :, :2]).all()
     assert (keypoints[1, :, 2] == 0).all()
-    np.testing.assert_allclose(keypoints[[0, 2]], network(frames[[0, 2]], boxes[[0, 2]]), atol=1e-3)
+    np.testing.assert_allclose(keypoints[[0, 2]], network(frames[[0, 2]], boxes[[0, 2]]).keypoints, atol=1e-3)
     pose = pose62(keypoints, frames.shape[1:3])
     assert np.isnan(pose[1, :, :2]).all() and (pose[1, :, 2] == 0).all()
     assert np.isfinite(pose[0, :13]).all()
@@ -81,18 +78,19 @@ def test_frames_without_a_person_are_absent(walker, network):
 
 def test_upstream_measures_the_whole_frame_without_a_person(walker):
     frames, boxes = walker
-    network = WholeBodyPose(DEMO / "models/wholebody133.onnx", profile=UPSTREAM)
+    network = open_pose(MODELS.pose, profile=UPSTREAM)
     nobody, whole_frame = boxes[:1].copy(), boxes[:1].copy()
     nobody[0, 4] = -1
     whole_frame[0] = 0, 0, frames.shape[2], frames.shape[1], 0.5
-    np.testing.assert_array_equal(network(frames[:1], nobody), network(frames[:1], whole_frame))
+    measured = [network(frames[:1], boxes).keypoints for boxes in (nobody, whole_frame)]
+    np.testing.assert_array_equal(*measured)
 
 
 def test_a_folder_means_the_network_in_it(tmp_path, walker, network):
-    (tmp_path / "end2end.onnx").symlink_to(DEMO / "models/wholebody133.onnx")
+    (tmp_path / "end2end.onnx").symlink_to(MODELS.pose)
     frames, boxes = walker
-    expected = network(frames[:1], boxes[:1])
-    np.testing.assert_allclose(WholeBodyPose(tmp_path)(frames[:1], boxes[:1]), expected, atol=1e-3)
+    expected = network(frames[:1], boxes[:1]).keypoints
+    np.testing.assert_allclose(open_pose(tmp_path)(frames[:1], boxes[:1]).keypoints, expected, atol=1e-3)
 
 
 def test_boxes_must_match_frames(walker, network):

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
-from small_runs import DEMO
+from small_runs import DEMO, MODELS
 
-from preprocessing.detection import MIN_SCORE, PersonDetector
+from preprocessing.detection import MIN_SCORE
+from preprocessing.networks import open_detector
 from preprocessing.tracking import GAP_FRAMES, PeopleTracker, PersonPerFrame, fill_gap, smooth_boxes
 from preprocessing.video import decode_frames
 
@@ -11,7 +12,7 @@ from preprocessing.video import decode_frames
 def crossing() -> list[np.ndarray]:
     """What the detector finds in the video of two people who walk past each other."""
     frames = decode_frames(DEMO / "videos/two_people.mp4").frames_rgb
-    return PersonDetector(DEMO / "models/person_detector.onnx", num_threads=2).people(frames)
+    return open_detector(MODELS.detector, num_threads=2).people(frames)
 
 
 def test_two_people_keep_their_numbers(crossing):
