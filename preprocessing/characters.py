@@ -13,7 +13,7 @@ from preprocessing.rejection import Rejected
 from preprocessing.retarget import Retargeting, fit_retargeting, retarget
 from preprocessing.settings import Settings
 from preprocessing.template import choose_template
-from preprocessing.types import PROFILES, Float, Frames, PoseMetas, PreprocessProfile
+from preprocessing.types import Float, Frames, PoseMetas, PreprocessProfile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -41,7 +41,7 @@ class Characters:
 
     def __init__(self, settings: Settings, *, measure: Measure | None, poses: StandardPoses | None) -> None:
         self._settings, self._measure, self._poses = settings, measure, poses
-        self._profile = PROFILES[settings.profile]
+        self._profile = settings.behaviour
         self._latest: tuple[tuple[str, str | None], Character] | None = None
         self._template = None
         if poses is not None and settings.edited_template is not None:

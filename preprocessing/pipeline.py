@@ -20,6 +20,7 @@ from preprocessing.video import VideoInfo, encode_mp4, probe, sample_indices, sa
 from preprocessing.video_pass import VideoPass
 
 __all__ = ["Pipeline", "Rejected", "RejectedClip"]
+_MOST_SECONDS_A_FRAME = 60.0
 
 
 class Pipeline:
@@ -80,6 +81,7 @@ class Pipeline:
     def sample(self, source: Source, info: VideoInfo) -> Int:
         """Choose the frames of a video that are looked at."""
         pts, fps = info.pts_seconds, self.settings.fps
+        self._check_times(source, info)
         if self.profile.frame_sampling == "average_fps":
             indices = sample_indices(
                 info.num_frames, video_fps=info.fps, target_fps=fps, duration_seconds=info.duration_seconds
@@ -97,6 +99,20 @@ class Pipeline:
                 f"{info.duration_seconds:.2f} s",
             )
         return indices[inside]
+
+    def _check_times(self, source: Source, info: VideoInfo) -> None:
+        """Turn down a video that stands still for long: one wrong time in it makes thousands of clips of one frame."""
+        ends = np.append(info.pts_seconds[1:], info.duration_seconds)
+        start, end = source.start_seconds or 0.0, source.end_seconds
+        lasts = np.minimum(ends, np.inf if end is None else end) - np.maximum(info.pts_seconds, start)
+        longest = int(lasts.argmax())
+        if lasts[longest] > _MOST_SECONDS_A_FRAME:
+            raise Rejected(
+                "frozen",
+                f"{source.path}: frame {longest} of {info.num_frames} is shown for {lasts[longest]:.0f} s, from "
+                f"{info.pts_seconds[longest]:.2f} s on: its times are damaged, or nothing moves; give a manifest with "
+                "start_seconds and end_seconds, or re-encode it",
+            )
 
 
 def _characters(settings: Settings, networks: PeopleNetworks | None, runtime: Runtime) -> Characters:

@@ -17,6 +17,7 @@ from small_runs import (
     run_job,
     write_video,
 )
+from synthetic_videos import write_video as write_numbered_video
 
 from preprocessing.canvas import resize_by_area
 from preprocessing.inputs import Source, find_sources
@@ -272,3 +273,15 @@ def test_a_video_too_small_for_the_area_is_rejected(short, tmp_path):
     run_job([short], tmp_path / "clips", area=200)
     (entry,) = rejections(tmp_path / "clips")
     assert entry["reason"] == "unusable" and "give a larger area" in entry["detail"]
+
+
+@pytest.mark.parametrize("profile", ["wan", "upstream"])
+def test_a_video_with_a_wrong_time_in_it_is_rejected_and_its_sound_part_can_be_asked_for(tmp_path, profile):
+    """A damaged time of three hours would become thousands of clips of one frame."""
+    path = tmp_path / "gap.mkv"
+    write_numbered_video(path, range(30), pts_ms=[i * 40 + (i >= 15) * 10**7 for i in range(30)])
+    made = pipeline(kind="clips", profile=profile, fps=25.0)
+    with pytest.raises(Rejected, match=r"frame 14 of 30 is shown for 10000 s, from 0\.56 s on: its times are damaged"):
+        process(made, path)
+    if profile == "wan":  # average rates say nothing of an interval here
+        assert len(process(made, path, end_seconds=0.5)) == 2
