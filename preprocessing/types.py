@@ -112,6 +112,8 @@ class PreprocessProfile:
     frame_sampling: Literal["average_fps", "timestamps"]
     degenerate_face: Literal["raise", "nearest"]
     """A face off screen or without extent: an error, or the box of the nearest earlier (else later) frame."""
+    face_crops: Literal["stretched", "square"]
+    """stretched: each frame's own box, whatever its shape and score; square: smoothed boxes of faces that were seen."""
     segmenter_points: Literal["all_points", "visible_points"]
     """Body points that prompt a video segmenter."""
     retarget_ratios: Literal["all_points", "visible_points"]
@@ -138,6 +140,7 @@ PROFILES: dict[str, PreprocessProfile] = {
         canvas_fit="crop",
         frame_sampling="timestamps",
         degenerate_face="nearest",
+        face_crops="square",
         segmenter_points="visible_points",
         retarget_ratios="visible_points",
         retarget_hands="own_wrist",
@@ -156,6 +159,7 @@ PROFILES: dict[str, PreprocessProfile] = {
         canvas_fit="pad",
         frame_sampling="average_fps",
         degenerate_face="raise",
+        face_crops="stretched",
         segmenter_points="all_points",
         retarget_ratios="all_points",
         retarget_hands="nearest_wrist",

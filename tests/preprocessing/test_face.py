@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from preprocessing.face import crop_faces, face_boxes
-from preprocessing.types import PROFILES, PoseMetas
+from preprocessing.types import PROFILES, WAN, PoseMetas
 
 UPSTREAM = PROFILES["upstream"]
+STRETCHED = replace(WAN, face_crops="stretched")
 HEIGHT, WIDTH = 200, 400
 
 
@@ -25,16 +28,48 @@ def metas_with_faces(*boxes):
 
 
 def test_a_box_grows_by_the_root_of_the_scale_mostly_upwards():
-    box = face_boxes(metas_with_faces((100.5, 80.5, 140.5, 140.5)), scale=1.44)[0]
+    metas = metas_with_faces((100.5, 80.5, 140.5, 140.5))
     # width 40 -> 48: 4 each side; height 60 -> 72: 9 above, 3 below
-    assert box.tolist() == [96, 71, 144, 143]
+    assert face_boxes(metas, scale=1.44, profile=STRETCHED)[0].tolist() == [96, 71, 144, 143]
+    assert face_boxes(metas, scale=1.44)[0].tolist() == [84, 71, 156, 143]  # the square of 72 around it
 
 
 def test_a_box_ends_at_the_edge_of_the_canvas():
-    box = face_boxes(metas_with_faces((-20, -20, 60, 60)))[0]
-    assert box[:2].tolist() == [0, 0]
-    box = face_boxes(metas_with_faces((350, 150, 450, 250)))[0]
-    assert box[2:].tolist() == [WIDTH, HEIGHT]
+    for profile in (WAN, STRETCHED):
+        box = face_boxes(metas_with_faces((-20, -20, 60, 60)), profile=profile)[0]
+        assert box[:2].tolist() == [0, 0]
+        box = face_boxes(metas_with_faces((350, 150, 450, 250)), profile=profile)[0]
+        assert box[2:].tolist() == [WIDTH, HEIGHT]
+
+
+def test_squares_stay_inside_the_canvas():
+    metas = metas_with_faces((390, 20, 399, 90), (10, -300, 90, 400), (1, 190, 30, 199))
+    boxes = face_boxes(metas)
+    assert ((boxes[:, :2] >= 0) & (boxes[:, 2:] <= [WIDTH, HEIGHT])).all()
+    sides = boxes[:, 2:] - boxes[:, :2]
+    assert (sides[:, 0] == sides[:, 1]).all() and sides[1].tolist() == [HEIGHT, HEIGHT]
+
+
+def test_boxes_follow_a_face_smoothly_but_not_across_a_gap():
+    rng = np.random.default_rng(0)
+    x = np.concatenate([100 + 2.0 * np.arange(20), 300 + np.zeros(20)])
+    jitter = rng.normal(0, 2, (40, 2))
+    faces = [(x + dx, 60 + dy, x + dx + 40, 100 + dy) for x, (dx, dy) in zip(x, jitter)]
+    faces[20:24] = [None] * 4
+    metas = metas_with_faces(*faces)
+    smooth, plain = face_boxes(metas), face_boxes(metas, profile=STRETCHED)
+    middles = [(boxes[:, 0] + boxes[:, 2]) / 2 for boxes in (smooth, plain)]
+    shaking = [np.abs(np.diff(middle[:20], 2)).mean() for middle in middles]
+    assert shaking[0] < 0.4 * shaking[1]
+    np.testing.assert_allclose(middles[0][[19, 24]], middles[1][[19, 24]], atol=6)  # the face jumps by 160 there
+    np.testing.assert_array_equal(smooth[20:24], smooth[[19] * 4])
+
+
+def test_an_unsure_face_is_not_followed():
+    metas = metas_with_faces((100, 80, 140, 140), (200, 80, 260, 140))
+    metas.face[1, :, 2] = 0.2
+    np.testing.assert_array_equal(*face_boxes(metas))
+    assert (np.diff(face_boxes(metas, profile=STRETCHED), axis=0) != 0).any()
 
 
 def test_frames_without_a_usable_face_take_the_nearest_earlier_box():
