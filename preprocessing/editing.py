@@ -11,7 +11,7 @@ from PIL import Image
 from preprocessing.canvas import padding_resize
 from preprocessing.edit_prompts import edit_prompt
 from preprocessing.pictures import Measure, load_picture
-from preprocessing.types import Frames, PoseMetas
+from preprocessing.types import WAN, Frames, PoseMetas, PreprocessProfile
 
 
 class Editor(Protocol):
@@ -30,8 +30,15 @@ class StandardPoses:
     folder: made pictures are kept in it, to be looked at, and to be made once by all workers and runs.
     """
 
-    def __init__(self, measure: Measure, *, editor: Editor | None = None, folder: Path | None = None) -> None:
-        self._measure, self._editor, self._folder = measure, editor, folder
+    def __init__(
+        self,
+        measure: Measure,
+        *,
+        editor: Editor | None = None,
+        folder: Path | None = None,
+        profile: PreprocessProfile = WAN,
+    ) -> None:
+        self._measure, self._editor, self._folder, self._profile = measure, editor, folder, profile
 
     @property
     def can_edit(self) -> bool:
@@ -53,7 +60,7 @@ class StandardPoses:
         """
         assert self._editor is not None
         hw = (picture_rgb.shape[0], picture_rgb.shape[1])
-        prompt = edit_prompt(metas, hw)
+        prompt = edit_prompt(metas, hw, profile=self._profile)
         edited = padding_resize(self._edited(picture_rgb, prompt), height=hw[0], width=hw[1])
         found = self._measure(edited)
         if found is None:

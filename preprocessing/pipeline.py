@@ -126,5 +126,7 @@ def _characters(settings: Settings, networks: PeopleNetworks | None, runtime: Ru
             from preprocessing.flux import FluxKontextEditor
 
             editor = FluxKontextEditor(Path(settings.flux), device=runtime.torch_device, seed=settings.flux_seed)
-        poses = StandardPoses(networks.measure_picture, editor=editor, folder=runtime.edits)
+        poses = StandardPoses(
+            networks.measure_picture, editor=editor, folder=runtime.edits, profile=settings.behaviour
+        )
     return Characters(settings, measure=networks.measure_picture, poses=poses)

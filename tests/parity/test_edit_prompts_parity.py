@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from preprocess_goldens import GOLDENS, arrays, hw, reference_metas, source_metas
+from preprocess_goldens import GOLDENS, UPSTREAM, arrays, hw, reference_metas, source_metas
 
 from preprocessing.edit_prompts import edit_prompt
 
@@ -30,5 +30,8 @@ def test_prompts_match_the_original(case):
     for keypoints in (template, reference):
         keypoints[:, list(HIDDEN.get(case, [])), 2] = LOW_SCORE
     metas = source_metas(template), reference_metas(reference)
-    prompts = [edit_prompt(person, canvas_hw) for person, canvas_hw in zip(metas, sizes(case), strict=True)]
+    prompts = [
+        edit_prompt(person, canvas_hw, profile=UPSTREAM)
+        for person, canvas_hw in zip(metas, sizes(case), strict=True)
+    ]
     assert prompts == PROMPTS[case]

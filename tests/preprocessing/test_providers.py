@@ -9,7 +9,7 @@ from preprocessing.network_files import content_hash, first_input, read_graph
 from preprocessing.onnx_model import OnnxModel
 from preprocessing.providers import PROVIDERS, Setup, find_provider, providers_of_session
 
-NEEDS_NO_GPU_HERE = pytest.mark.skipif(
+WITHOUT_GPU_BUILD = pytest.mark.skipif(
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this onnxruntime has the GPU providers"
 )
 
@@ -24,7 +24,7 @@ def test_an_unknown_provider_is_refused_with_those_there_are():
         OnnxModel(MODELS.detector, provider="rocm")
 
 
-@NEEDS_NO_GPU_HERE
+@WITHOUT_GPU_BUILD
 @pytest.mark.parametrize(("provider", "packages"), [("cuda", ""), ("tensorrt", " tensorrt")])
 def test_a_provider_that_is_absent_is_an_error_that_says_what_to_install(provider, packages):
     expected = (
@@ -35,7 +35,7 @@ def test_a_provider_that_is_absent_is_an_error_that_says_what_to_install(provide
         OnnxModel(MODELS.detector, provider=provider)
 
 
-@NEEDS_NO_GPU_HERE
+@WITHOUT_GPU_BUILD
 def test_two_builds_installed_over_one_another_are_noticed(tmp_path, monkeypatch):
     """As after `pip install onnxruntime-gpu` beside onnxruntime: both are listed, one's files are there."""
     listed = tmp_path / "onnxruntime_gpu-1.32.0.dist-info"
