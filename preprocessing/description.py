@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocessing.flux import identity_of_flux
+from preprocessing.network_files import content_hash, read_graph
 from preprocessing.settings import ModelFiles, Settings
 from preprocessing.video import sha256_file
 from wan_accel.data.schema import CLIPS_SCHEMA
@@ -26,8 +27,8 @@ def describe(settings: Settings, models: ModelFiles | None = None) -> dict[str, 
 
 
 def hash_of_model(path: Path) -> str:
-    """sha256 of a network: of a file, or of the names and hashes of a folder's files."""
+    """sha256 of a network: of a file, with the weights beside it if it has any, or of a folder's names and files."""
     if path.is_file():
-        return sha256_file(path)
+        return content_hash(path, read_graph(path)) if path.suffix == ".onnx" else sha256_file(path)
     listed = [(str(file.relative_to(path)), sha256_file(file)) for file in sorted(path.rglob("*")) if file.is_file()]
     return hashlib.sha256(repr(listed).encode()).hexdigest()

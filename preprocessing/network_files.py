@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from preprocessing.video import sha256_file
+
 CACHE_VARIABLE = "WAN_ACCEL_CACHE"
 
 
@@ -41,12 +43,9 @@ def first_input(model: Any) -> tuple[str, tuple[int | None, ...]]:
 
 
 def content_hash(onnx_path: Path, model: Any) -> str:
-    """sha256 of a network: of its file, and of the files with weights that it refers to."""
-    digest = hashlib.sha256()
-    for path in [onnx_path, *_weight_files(onnx_path, model)]:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    """sha256 of a network: of its file, or of its file's hash and those of the files with weights that it names."""
+    hashes = [sha256_file(path) for path in (onnx_path, *_weight_files(onnx_path, model))]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _weight_files(onnx_path: Path, model: Any) -> list[Path]:

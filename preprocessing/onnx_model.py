@@ -56,7 +56,7 @@ class OnnxModel:
         # A provider that builds engines makes the numbers smaller by itself.
         file = half_precision(self.path) if fp16 and not wanted.builds_engines else self.path
         setup = _setup(file, wanted, device_id=device_id, batch_frames=batch_frames, fp16=fp16)
-        self._session = _open(file, wanted, setup, num_threads=num_threads)
+        self._session = _open(self.path, file, wanted, setup, num_threads)
         self._input = self._session.get_inputs()[0]
         self._outputs = self._session.get_outputs()
         self._dtype = np.float16 if self._input.type == "tensor(float16)" else np.float32
@@ -109,8 +109,8 @@ def _setup(file: Path, provider: Provider, *, device_id: int, batch_frames: int,
     return replace(setup, input_name=name, input_shape=shape, engines=engines)
 
 
-def _open(file: Path, provider: Provider, setup: Setup, *, num_threads: int) -> Any:
-    """Start an onnxruntime.InferenceSession, on what was asked for."""
+def _open(path: Path, file: Path, provider: Provider, setup: Setup, num_threads: int) -> Any:
+    """Start an onnxruntime.InferenceSession of `file`, the network at `path` or what it was converted to."""
     import onnxruntime
 
     if provider is not PROVIDERS["cpu"]:
@@ -122,11 +122,11 @@ def _open(file: Path, provider: Provider, setup: Setup, *, num_threads: int) -> 
         session = onnxruntime.InferenceSession(str(file), options, providers=chosen, enable_fallback=0)
     except Exception as error:  # onnxruntime's own exception classes share no public base
         raise ValueError(
-            f"{file}: not a complete ONNX model, or none that {provider.name} takes ({str(error).splitlines()[0]})"
+            f"{path}: not a complete ONNX model, or none that {provider.name} takes ({str(error).splitlines()[0]})"
         ) from error
     if provider.name not in session.get_providers():
         raise ValueError(
-            f"{file}: {provider.name} is in this onnxruntime but does not start here; is there a GPU "
+            f"{path}: {provider.name} is in this onnxruntime but does not start here; is there a GPU "
             f"(nvidia-smi), and are its libraries: pip install {provider.packages}"
         )
     return session

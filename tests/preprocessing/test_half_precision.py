@@ -8,6 +8,7 @@ import pytest
 from onnx import TensorProto, numpy_helper
 from small_runs import DEMO, MODELS, main_people, pipeline, process
 
+from preprocessing.description import hash_of_model
 from preprocessing.half_precision import half_precision
 from preprocessing.network_files import cache_folder
 from preprocessing.networks import open_detector, open_pose
@@ -99,11 +100,13 @@ def test_weights_in_other_files_are_converted_and_count_for_the_hash(tmp_path):
     boxes = main_people(open_detector(MODELS.detector), frames)
     whole, parts = (open_pose(path, fp16=True)(frames, boxes).keypoints for path in (MODELS.pose, folder))
     np.testing.assert_allclose(parts, whole, atol=1e-3)
+    described = hash_of_model(folder / "end2end.onnx")
     weights = max(folder.iterdir(), key=lambda path: path.stat().st_size * (path.suffix != ".onnx"))
     changed = bytearray(weights.read_bytes())
     changed[0] ^= 1
     weights.write_bytes(changed)
     assert half_precision(folder / "end2end.onnx") != made
+    assert hash_of_model(folder / "end2end.onnx") != described  # so that a run with other weights is refused
     weights.unlink()
     with pytest.raises(ValueError, match=r"end2end\.onnx: its weights are in other files, of which .* is missing"):
         half_precision(folder / "end2end.onnx")

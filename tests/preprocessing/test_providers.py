@@ -5,8 +5,8 @@ import onnxruntime
 import pytest
 from small_runs import MODELS
 
-from preprocessing.network_files import content_hash, first_input, read_graph
-from preprocessing.onnx_model import OnnxModel
+from preprocessing.network_files import first_input, read_graph
+from preprocessing.onnx_model import OnnxModel, _setup
 from preprocessing.providers import PROVIDERS, Setup, find_provider, providers_of_session
 
 WITHOUT_GPU_BUILD = pytest.mark.skipif(
@@ -89,9 +89,13 @@ def test_a_networks_input_is_read_from_its_file():
     assert first_input(read_graph(MODELS.segmenter)) == ("input_1:0", (1, 256, 256, 3))
 
 
-def test_engines_of_networks_that_differ_are_kept_apart(tmp_path):
+def test_engines_of_networks_that_differ_are_kept_apart(tmp_path, monkeypatch):
     """onnxruntime tells engines apart by names and shapes; the folder does it by content."""
+    monkeypatch.setenv("WAN_ACCEL_CACHE", str(tmp_path / "cache"))
     copy = tmp_path / "renamed.onnx"
-    copy.write_bytes(MODELS.segmenter.read_bytes())
-    hashes = [content_hash(path, read_graph(path)) for path in (MODELS.segmenter, copy, MODELS.pose)]
-    assert hashes[0] == hashes[1] != hashes[2]
+    copy.write_bytes(MODELS.detector.read_bytes())
+    chosen = {"device_id": 1, "batch_frames": 4, "fp16": True}
+    setups = [_setup(path, PROVIDERS["tensorrt"], **chosen) for path in (MODELS.detector, copy, MODELS.pose)]
+    assert setups[0] == setups[1] == setup(**chosen, engines=setups[0].engines)
+    assert setups[0].engines != setups[2].engines and setups[0].engines.is_dir()
+    assert setups[0].engines.parent == tmp_path / "cache/tensorrt"
