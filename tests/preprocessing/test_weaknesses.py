@@ -290,7 +290,7 @@ for name in {names}:
                 defaults = [*node.args.defaults, *node.args.kw_defaults]
                 assert not any(isinstance(value, ast.List | ast.Dict | ast.Set) for value in defaults), path
             called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id
-            assert called != "print" or path.stem == "cli", path
+            assert called != "print" or "import argparse" in path.read_text(), path  # the command's own files
 
 
 def test_weakness_14_the_pose_network_sees_bgr():
