@@ -9,6 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "deepspeed", "diffsynth", "transformers", "accelerate")
+# Modules that are networks of these libraries, loaded where such a network is asked for; nobody imports them at the top.
+NETWORKS = {"sam2_video": {"torch"}, "sam2_transformers": {"torch", "transformers"}, "flux": {"torch"}}
 CONTRACT = {"wan_accel.data", "wan_accel.data.schema", "wan_accel.data.store", "wan_accel.data.clips"}
 # Arithmetic on arrays that both sides need, and that must not differ.
 SHARED_ARITHMETIC = {"wan_accel.data.masks", "wan_accel.data.skeleton"}
@@ -47,11 +49,12 @@ def test_preprocessing_imports_only_the_contract():
 
 def test_preprocessing_names_no_training_library():
     for path in files_of("preprocessing"):
-        assert not {name for name in imported_modules(path) if name.split(".")[0] in HEAVY}, path
+        heavy = {name.split(".")[0] for name in imported_modules(path)} & set(HEAVY)
+        assert heavy <= NETWORKS.get(path.stem, set()), path
 
 
 def test_importing_preprocessing_loads_no_training_library():
-    modules = [f"preprocessing.{path.stem}" for path in (ROOT / "preprocessing").glob("*.py")]
+    modules = [f"preprocessing.{p.stem}" for p in (ROOT / "preprocessing").glob("*.py") if p.stem not in NETWORKS]
     code = (
         f"import sys, importlib\nfor name in {modules!r}: importlib.import_module(name)\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
