@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "deepspeed", "diffsynth", "transformers", "accelerate")
-# Modules that are networks of these libraries, loaded where such a network is asked for; nobody imports them at the top.
+# Modules that are networks of these libraries: imported in functions only, where such a network is asked for.
 NETWORKS = {"sam2_video": {"torch"}, "sam2_transformers": {"torch", "transformers"}, "flux": {"torch"}}
 CONTRACT = {"wan_accel.data", "wan_accel.data.schema", "wan_accel.data.store", "wan_accel.data.clips"}
 # Arithmetic on arrays that both sides need, and that must not differ.
