@@ -1,6 +1,7 @@
 """A small ONNX network that cuts a person out of a box, frame by frame."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -36,9 +37,10 @@ class BoxSegmenter:
         check_frames(frames_rgb)
         masks = np.zeros(frames_rgb.shape[:3], bool)
         present = np.flatnonzero(person.boxes_xyxys[:, 4] > 0)
-        for start in range(0, len(present), self._model.batch_frames):
-            batch = present[start : start + self._model.batch_frames]
-            self._segment(masks, frames_rgb, person.boxes_xyxys, batch.tolist())
+        step = self._model.batch_frames
+        batches = [present[start : start + step].tolist() for start in range(0, len(present), step)]
+        for _ in self._model.side_by_side(partial(self._segment, masks, frames_rgb, person.boxes_xyxys), batches):
+            pass
         return masks
 
     def _segment(self, masks: Mask, frames_rgb: Frames, boxes_xyxys: Float, batch: list[int]) -> None:

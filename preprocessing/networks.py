@@ -1,6 +1,6 @@
 """The person detector and the whole-body pose network, of whichever kind."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
@@ -13,7 +13,7 @@ from preprocessing.network_kinds import DetectorKind, PoseKind, detector_kind, p
 from preprocessing.onnx_model import NetworkOptions, OnnxModel
 from preprocessing.pose import NUM_KEYPOINTS, Crops, crops_of_boxes, pose_input
 from preprocessing.simcc import decode_depth, decode_simcc, simcc_input
-from preprocessing.types import WAN, Float, Frames, PreprocessProfile
+from preprocessing.types import WAN, Float, FrameBatch, Frames, Int, PreprocessProfile
 from preprocessing.yolo import letterbox_bgr
 
 _DETECTOR_HW, _POSE_HW = (640, 640), (256, 192)  # of files that leave height and width free
@@ -42,6 +42,15 @@ class PersonFinder:
     def seconds_in_network(self) -> float:
         """How long the network has run in all."""
         return self._model.seconds_in_network
+
+    @property
+    def batch_frames(self) -> int:
+        """How many frames the network takes at a time."""
+        return self._model.batch_frames
+
+    def look(self, batches: Iterable[FrameBatch]) -> Iterator[tuple[FrameBatch, list[Float]]]:
+        """Give each batch back with the people in it (see `people`), in order; works ahead of the caller."""
+        return self._model.side_by_side(lambda batch: (batch, self.people(batch.frames_rgb)), batches)
 
     def people(self, frames_rgb: Frames) -> list[Float]:
         """Return everyone in each frame: T arrays (K, 5) of x1, y1, x2, y2, score, pixels of the frame."""
@@ -73,6 +82,11 @@ class PoseMeasurer:
         """How long the network has run in all."""
         return self._model.seconds_in_network
 
+    @property
+    def batch_frames(self) -> int:
+        """How many frames the network takes at a time."""
+        return self._model.batch_frames
+
     def __call__(self, frames_rgb: Sequence[Frames] | Frames, boxes_xyxys: Float) -> Measured:
         """Measure one person a frame.
 
@@ -87,9 +101,13 @@ class PoseMeasurer:
         points = np.full((len(frames_rgb), NUM_KEYPOINTS, 4), np.nan, np.float32)
         points[..., 3] = 0
         todo = np.flatnonzero(measured)
-        for start in range(0, len(todo), self._model.batch_frames):
-            batch = todo[start : start + self._model.batch_frames]
-            points[batch] = self._batch(np.stack([frames_rgb[i] for i in batch]), boxes_xyxys[batch])
+        batches = [todo[start : start + self.batch_frames] for start in range(0, len(todo), self.batch_frames)]
+
+        def measure(batch: Int) -> Float:
+            return self._batch(np.stack([frames_rgb[i] for i in batch]), boxes_xyxys[batch])
+
+        for batch, measured_points in zip(batches, self._model.side_by_side(measure, batches), strict=True):
+            points[batch] = measured_points
         return Measured(keypoints=points[..., [0, 1, 3]], keypoints_3d=points if self.kind.axes == 3 else None)
 
     def _batch(self, frames_rgb: Frames, boxes_xyxys: Float) -> Float:

@@ -1,6 +1,9 @@
 """One ONNX network: opened with the provider asked for, run over batches of any size."""
 
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -10,6 +13,7 @@ import numpy as np
 from preprocessing.half_precision import half_precision
 from preprocessing.network_files import cache_folder, content_hash, first_input, read_graph
 from preprocessing.providers import PROVIDERS, Provider, Setup, find_provider, providers_of_session
+from preprocessing.side_by_side import SideBySide
 from preprocessing.types import Float
 
 
@@ -27,7 +31,7 @@ class OnnxModel:
     """A network with one input, whose names are read from the file.
 
     `batch_frames` is the most that one run takes: the file's own batch size where that is fixed.
-    `seconds_in_network`: how long runs have taken in all.
+    `side_by_side` works on several batches at once. `seconds_in_network`: for how long any of them was in the network.
     """
 
     def __init__(
@@ -42,8 +46,8 @@ class OnnxModel:
     ) -> None:
         """Open the file, or the `end2end.onnx` of a folder: a network beyond 2 GB lies there with its weights.
 
-        provider: cpu, cuda or tensorrt, the latter two on GPU `device_id`. num_threads: of the CPU, inside one
-        operator. fp16: compute in half precision; inputs and outputs stay as they are.
+        provider: cpu, cuda or tensorrt, the latter two on GPU `device_id`. num_threads: of the CPU, in all, see
+        `SideBySide`. fp16: compute in half precision; inputs and outputs stay as they are.
 
         Raises ValueError for a missing or damaged file and for a provider that this onnxruntime lacks or cannot start:
         it is never replaced by another one.
@@ -56,11 +60,13 @@ class OnnxModel:
         # A provider that builds engines makes the numbers smaller by itself.
         file = half_precision(self.path) if fp16 and not wanted.builds_engines else self.path
         setup = _setup(file, wanted, device_id=device_id, batch_frames=batch_frames, fp16=fp16)
-        self._session = _open(self.path, file, wanted, setup, num_threads)
+        self.side_by_side = SideBySide(num_threads)
+        self._session = _open(self.path, file, wanted, setup, self.side_by_side.threads_each)
         self._input = self._session.get_inputs()[0]
         self._outputs = self._session.get_outputs()
         self._dtype = np.float16 if self._input.type == "tensor(float16)" else np.float32
         self.seconds_in_network = 0.0
+        self._lock, self._num_running, self._running_since = threading.Lock(), 0, 0.0
         fixed = self._input.shape[0]
         self.batch_frames = fixed if isinstance(fixed, int) else batch_frames
         self._pads_batch = isinstance(fixed, int)
@@ -90,11 +96,25 @@ class OnnxModel:
         if self._pads_batch and num < self.batch_frames:
             batch = np.concatenate([batch, np.repeat(batch[-1:], self.batch_frames - num, axis=0)])
         feed = {self._input.name: np.ascontiguousarray(batch, self._dtype)}
-        start = time.perf_counter()
-        outputs = self._session.run([output.name for output in self._outputs[:num_outputs]], feed)
-        self.seconds_in_network += time.perf_counter() - start
+        with self._counted():
+            outputs = self._session.run([output.name for output in self._outputs[:num_outputs]], feed)
         arrays = [np.asarray(output)[:num] for output in outputs]
         return [array.astype(np.float32) if array.dtype == np.float16 else array for array in arrays]
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count the time; two runs at once count once."""
+        with self._lock:
+            if self._num_running == 0:
+                self._running_since = time.perf_counter()
+            self._num_running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_running -= 1
+                if self._num_running == 0:
+                    self.seconds_in_network += time.perf_counter() - self._running_since
 
 
 def _setup(file: Path, provider: Provider, *, device_id: int, batch_frames: int, fp16: bool) -> Setup:

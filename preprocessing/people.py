@@ -23,7 +23,7 @@ class PeopleNetworks:
         self.profile = settings.behaviour
         options: NetworkOptions = {
             "provider": runtime.provider, "device_id": runtime.device_id, "num_threads": runtime.num_threads,
-            "batch_frames": runtime.batch_frames, "fp16": settings.fp16,
+            "batch_frames": runtime.network_batch, "fp16": settings.fp16,
         }  # fmt: skip
         self.detector = open_detector(models.detector, **options)
         self.pose = open_pose(models.pose, profile=self.profile, **options)

@@ -134,14 +134,21 @@ class Runtime:
     """How networks run: it changes how fast clips come, not what they are (but for the last bits).
 
     provider: of onnxruntime; device_id: its GPU. num_threads: of the CPU for one network, 0 for all cores.
-    batch_frames: frames that a network takes at a time. edits: folder for pictures that are edited on the way.
+    batch_frames: frames that a network takes at a time; None: what suits the provider. edits: folder for pictures
+        that are edited on the way.
     """
 
     provider: str = "cpu"
     device_id: int = 0
     num_threads: int = 1
-    batch_frames: int = 8
+    batch_frames: int | None = None
     edits: Path | None = None
+
+    @property
+    def network_batch(self) -> int:
+        """Frames that a network takes at a time: on a CPU more make it no faster, and need 50 MB each."""
+        default = 2 if self.provider == "cpu" else 16
+        return default if self.batch_frames is None else self.batch_frames
 
     @property
     def torch_device(self) -> str:
