@@ -14,9 +14,12 @@ _SIZE_RATIO = 0.4
 def detector_input(frames_rgb: Frames, *, hw: tuple[int, int] = (640, 640)) -> Float:
     """Stretch (T, H, W, 3) frames to the network's input (T, 3, *hw): RGB float32 in 0..1."""
     check_frames(frames_rgb)
-    resized = [cv2.resize(f, (hw[1], hw[0]), interpolation=cv2.INTER_LINEAR) for f in frames_rgb]
-    stacked = np.stack(resized).transpose(0, 3, 1, 2)
-    return np.asarray(stacked.astype(np.float32) / np.float32(255))
+    result = np.empty((len(frames_rgb), 3, *hw), np.float32)
+    for target, frame in zip(result, frames_rgb):
+        resized = cv2.resize(frame, (hw[1], hw[0]), interpolation=cv2.INTER_LINEAR)
+        for plane, channel in zip(target, cv2.split(resized)):
+            np.divide(channel, np.float32(255), out=plane)
+    return result
 
 
 def decode_people(
