@@ -1,14 +1,14 @@
 """Work done ahead in a thread: decoding goes on while networks run."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from queue import Queue
 from typing import Any, TypeVar
 
 _Item = TypeVar("_Item")
 
 
-def ahead(items: Iterator[_Item]) -> Iterator[_Item]:
+def ahead(items: Iterator[_Item]) -> Generator[_Item, None, None]:
     """Give the items of an iterator, which runs one item ahead in a thread of its own.
 
     What it raises is raised here. Closing this generator ends the thread.

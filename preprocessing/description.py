@@ -1,6 +1,8 @@
 """Everything that the clips of a run depend on, in plain values: compared on resuming, stored as provenance."""
 
 import hashlib
+import importlib
+import importlib.metadata
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,3 +34,10 @@ def hash_of_model(path: Path) -> str:
         return content_hash(path, read_graph(path)) if path.suffix == ".onnx" else sha256_file(path)
     listed = [(str(file.relative_to(path)), sha256_file(file)) for file in sorted(path.rglob("*")) if file.is_file()]
     return hashlib.sha256(repr(listed).encode()).hexdigest()
+
+
+def tools() -> dict[str, str]:
+    """Versions of what clips depend on, whichever distribution a module comes from."""
+    modules = ("av", "cv2", "numpy", "onnxruntime", "scenedetect", "scipy")
+    versions = {name: str(importlib.import_module(name).__version__) for name in modules}
+    return {**versions, "trackers": importlib.metadata.version("trackers")}

@@ -9,7 +9,7 @@ from preprocessing.references import References
 from preprocessing.types import Float
 from preprocessing.windows import Window
 
-_BYTES_IN_MEMORY = 32 << 20
+_BYTES_IN_MEMORY = 8 << 20
 
 
 class TrackDrafts:

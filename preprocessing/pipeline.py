@@ -3,24 +3,24 @@
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from preprocessing.characters import Characters
-from preprocessing.clip_row import Encoded
 from preprocessing.description import describe
 from preprocessing.editing import StandardPoses
 from preprocessing.inputs import Source
 from preprocessing.people import PeopleNetworks
 from preprocessing.rejection import Rejected, RejectedClip
 from preprocessing.settings import ModelFiles, Runtime, Settings
-from preprocessing.types import Frames, Int
-from preprocessing.video import VideoInfo, encode_mp4, probe, sample_indices, sample_indices_by_time
+from preprocessing.types import Int
+from preprocessing.video import VideoInfo, probe, sample_indices, sample_indices_by_time
 from preprocessing.video_pass import VideoPass
 
 __all__ = ["Pipeline", "Rejected", "RejectedClip"]
 _MOST_SECONDS_A_FRAME = 60.0
+_Result = TypeVar("_Result")
 
 
 class Pipeline:
@@ -41,7 +41,7 @@ class Pipeline:
         self.settings = settings
         self.profile = settings.behaviour
         self.networks = PeopleNetworks(settings, models, runtime) if settings.kind == "animate" else None
-        self._encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
+        self._beside = ThreadPoolExecutor(2, thread_name_prefix="beside")
         self.described = describe(settings, models) if described is None else described
         self.characters = _characters(settings, self.networks, runtime)
 
@@ -74,9 +74,9 @@ class Pipeline:
             if not (isinstance(item, dict) and item["clip_id"] in skip):
                 yield item
 
-    def encode(self, frames_rgb: Frames) -> "Future[Encoded]":
-        """Start encoding frames beside whatever comes next."""
-        return self._encoders.submit(encode_mp4, frames_rgb, self.settings.fps)
+    def beside(self, function: Callable[..., _Result], *arguments: Any) -> "Future[_Result]":
+        """Start work that needs no network beside whatever comes next."""
+        return self._beside.submit(function, *arguments)
 
     def sample(self, source: Source, info: VideoInfo) -> Int:
         """Choose the frames of a video that are looked at."""

@@ -72,6 +72,11 @@ class Shot:
         """The number that the next shot's first person gets."""
         return self._tracker.next_number if self._tracker else 0
 
+    @property
+    def end(self) -> int:
+        """The frame after its last."""
+        return self._next
+
     def add(self, frame_rgb: Frames, seconds: float, people: Float | None) -> None:
         """Take the shot's next frame and the people (K, 5) that were detected in it."""
         self._moments[self._next] = _Moment(frame_rgb=frame_rgb, seconds=seconds)
