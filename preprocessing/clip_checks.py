@@ -27,8 +27,9 @@ def _numbers(row: Row) -> Iterator[Finding]:
     num_frames = row["num_frames"]
     if num_frames is None or num_frames < 1 or num_frames % 4 != 1:
         yield "num_frames", f"{num_frames} is not 4n + 1"
+    divisor = 1 if row.get("purpose") == "drive" else _SIZE_DIVISOR  # not trained on: its canvas is the character's
     for column in ("height", "width"):
-        if row[column] is None or row[column] < 1 or row[column] % _SIZE_DIVISOR:
+        if row[column] is None or row[column] < 1 or row[column] % divisor:
             yield column, f"{row[column]} is not divisible by {_SIZE_DIVISOR}"
     if not _is_finite(row["fps"]) or row["fps"] <= 0:
         yield "fps", f"{row['fps']} is no rate"

@@ -9,7 +9,7 @@ from itertools import repeat
 import numpy as np
 
 from preprocessing.ahead import ahead
-from preprocessing.canvas import resize_by_area
+from preprocessing.canvas import canvas_hw, resize_by_area
 from preprocessing.networks import PersonFinder
 from preprocessing.scenes import ShotDetector
 from preprocessing.settings import Settings
@@ -77,8 +77,23 @@ class _Waiting:
         return Moment(frame_rgb=frame, seconds=seconds, people=people, starts_shot=starts)
 
 
+def frame_hw(info: VideoInfo, settings: Settings) -> tuple[int, int]:
+    """Height and width of a video's frames as they are looked at."""
+    source_hw = (info.height, info.width)
+    if _keeps_size(settings):
+        return source_hw
+    return canvas_hw(source_hw, settings.area, settings.divisor, profile=settings.behaviour)
+
+
+def _keeps_size(settings: Settings) -> bool:
+    return settings.purpose == "drive" and settings.behaviour.driving_frames == "as_decoded"
+
+
 def _resized(info: VideoInfo, indices: Int, settings: Settings, num_frames: int) -> Iterator[FrameBatch]:
     profile = settings.behaviour
     for batch in stream_frames(info.path, indices, chunk_frames=num_frames):
+        if _keeps_size(settings):
+            yield batch
+            continue
         frames = [resize_by_area(f, settings.area, settings.divisor, profile=profile) for f in batch.frames_rgb]
         yield FrameBatch(frames_rgb=np.stack(frames), pts_seconds=batch.pts_seconds)

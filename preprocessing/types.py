@@ -109,6 +109,8 @@ class PreprocessProfile:
     """float_floor loses a step to rounding errors (480x832 becomes 464x832 at its own area)."""
     canvas_fit: Literal["pad", "crop"]
     """Remaining rows or columns of a canvas: black, or cut off by scaling to cover it."""
+    driving_frames: Literal["as_decoded", "resized"]
+    """Size at which the person of purpose `drive` is measured: the video's own, or that of the area."""
     frame_sampling: Literal["average_fps", "timestamps"]
     degenerate_face: Literal["raise", "nearest"]
     """A face off screen or without extent: an error, or the box of the nearest earlier (else later) frame."""
@@ -138,6 +140,7 @@ PROFILES: dict[str, PreprocessProfile] = {
         lost_body="absent",
         canvas_rounding="integer_floor",
         canvas_fit="crop",
+        driving_frames="resized",
         frame_sampling="timestamps",
         degenerate_face="nearest",
         face_crops="square",
@@ -157,6 +160,7 @@ PROFILES: dict[str, PreprocessProfile] = {
         lost_body="previous",
         canvas_rounding="float_floor",
         canvas_fit="pad",
+        driving_frames="as_decoded",
         frame_sampling="average_fps",
         degenerate_face="raise",
         face_crops="stretched",

@@ -6,13 +6,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from preprocessing.canvas import canvas_hw
 from preprocessing.clip_measures import MeasuredClip, measure
 from preprocessing.clip_row import Origin
 from preprocessing.description import tools
 from preprocessing.detection import MIN_SCORE
 from preprocessing.inputs import Source, caption_of
-from preprocessing.moments import Moment, look
+from preprocessing.moments import Moment, frame_hw, look
 from preprocessing.rejection import Rejected, RejectedClip
 from preprocessing.shots import Shot, Stretch
 from preprocessing.thresholds import violation
@@ -44,8 +43,7 @@ class VideoPass:
             described=pipeline.described,
             tools=tools(),
         )
-        source_hw = (info.height, info.width)
-        self.hw = canvas_hw(source_hw, self.settings.area, self.settings.divisor, profile=self.profile)
+        self.hw = frame_hw(info, self.settings)
         self.tracks = UnfinishedTracks(pipeline, source, self.hw)
         self.encoding: deque[MeasuredClip] = deque()
         self.num_clips = self.num_bad = self.longest_run = 0
