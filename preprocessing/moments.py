@@ -13,7 +13,7 @@ from preprocessing.canvas import canvas_hw, resize_by_area
 from preprocessing.networks import PersonFinder
 from preprocessing.scenes import ShotDetector
 from preprocessing.settings import Settings
-from preprocessing.types import Float, FrameBatch, Frames, Int
+from preprocessing.types import Float, FrameBatch, Frames, Int, PreprocessProfile
 from preprocessing.video import VideoInfo, stream_frames
 
 _BATCH_FRAMES = 8  # where no network says how many it takes; at the source's size a frame may have 25 MB
@@ -33,7 +33,7 @@ class Moment:
 
 
 def look(
-    info: VideoInfo, indices: Int, settings: Settings, detector: PersonFinder | None
+    info: VideoInfo, indices: Int, settings: Settings, profile: PreprocessProfile, detector: PersonFinder | None
 ) -> Generator[list[Moment], None, None]:
     """Yield all frames `indices` in order, some at a time: those of which it is known whether a shot starts there.
 
@@ -41,8 +41,8 @@ def look(
     Raises UserVideoError where a frame does not decode; those before it were given.
     """
     num_frames = _BATCH_FRAMES if detector is None else detector.batch_frames
-    waiting = _Waiting(ShotDetector(settings.fps) if settings.behaviour.shots == "split" else None)
-    with closing(ahead(_resized(info, indices, settings, num_frames))) as batches:
+    waiting = _Waiting(ShotDetector(settings.fps) if profile.shots == "split" else None)
+    with closing(ahead(_resized(info, indices, settings, profile, num_frames))) as batches:
         for batch, people in detector.look(batches) if detector else zip(batches, repeat(None)):
             waiting.add(batch, people)
             yield waiting.settled()
@@ -77,22 +77,23 @@ class _Waiting:
         return Moment(frame_rgb=frame, seconds=seconds, people=people, starts_shot=starts)
 
 
-def frame_hw(info: VideoInfo, settings: Settings) -> tuple[int, int]:
+def frame_hw(info: VideoInfo, settings: Settings, profile: PreprocessProfile) -> tuple[int, int]:
     """Height and width of a video's frames as they are looked at."""
     source_hw = (info.height, info.width)
-    if _keeps_size(settings):
+    if _keeps_size(settings, profile):
         return source_hw
-    return canvas_hw(source_hw, settings.area, settings.divisor, profile=settings.behaviour)
+    return canvas_hw(source_hw, settings.area, settings.divisor, profile=profile)
 
 
-def _keeps_size(settings: Settings) -> bool:
-    return settings.purpose == "drive" and settings.behaviour.driving_frames == "as_decoded"
+def _keeps_size(settings: Settings, profile: PreprocessProfile) -> bool:
+    return settings.purpose == "drive" and profile.driving_frames == "as_decoded"
 
 
-def _resized(info: VideoInfo, indices: Int, settings: Settings, num_frames: int) -> Iterator[FrameBatch]:
-    profile = settings.behaviour
+def _resized(
+    info: VideoInfo, indices: Int, settings: Settings, profile: PreprocessProfile, num_frames: int
+) -> Iterator[FrameBatch]:
     for batch in stream_frames(info.path, indices, chunk_frames=num_frames):
-        if _keeps_size(settings):
+        if _keeps_size(settings, profile):
             yield batch
             continue
         frames = [resize_by_area(f, settings.area, settings.divisor, profile=profile) for f in batch.frames_rgb]

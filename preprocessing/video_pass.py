@@ -43,7 +43,7 @@ class VideoPass:
             described=pipeline.described,
             tools=tools(),
         )
-        self.hw = frame_hw(info, self.settings)
+        self.hw = frame_hw(info, self.settings, self.profile)
         self.tracks = UnfinishedTracks(pipeline, source, self.hw)
         self.encoding: deque[MeasuredClip] = deque()
         self.num_clips = self.num_bad = self.longest_run = 0
@@ -54,7 +54,7 @@ class VideoPass:
         networks = self.pipeline.networks
         detector = None if networks is None else networks.detector
         shot = self._new_shot(0, 0)
-        with closing(look(self.info, self.indices, self.settings, detector)) as moments:
+        with closing(look(self.info, self.indices, self.settings, self.profile, detector)) as moments:
             for some in moments:
                 shot = yield from self._follow(shot, some)
                 yield from self._advance(shot)

@@ -9,7 +9,7 @@ from small_runs import DEMO, MODELS, part_of, settings, write_video
 
 from preprocessing.moments import Moment, look
 from preprocessing.networks import open_detector
-from preprocessing.types import FrameBatch
+from preprocessing.types import PROFILES, WAN, FrameBatch
 from preprocessing.video import UserVideoError, decode_frames, probe
 
 WALKER = DEMO / "videos/walker.mp4"
@@ -19,7 +19,7 @@ def test_every_frame_comes_once_with_the_people_that_the_detector_finds(tmp_path
     video = part_of("two_people.mp4", tmp_path / "two.mp4", range(11))
     detector = open_detector(MODELS.detector, num_threads=2, batch_frames=2)
     chosen = settings(area=526 * 640)
-    moments = [m for some in look(probe(video), np.arange(11), chosen, detector) for m in some]
+    moments = [m for some in look(probe(video), np.arange(11), chosen, WAN, detector) for m in some]
     frames = decode_frames(video).frames_rgb
     assert [moment.seconds for moment in moments] == pytest.approx(np.arange(11) / 30)
     assert not any(moment.starts_shot for moment in moments)
@@ -42,15 +42,18 @@ def test_shots_start_at_cuts_unless_the_profile_ignores_them(tmp_path):
     walker, jumping = (decode_frames(DEMO / f"videos/{n}.mp4", range(12)).frames_rgb for n in ("walker", "jumping"))
     video = write_video(tmp_path / "cut.mp4", np.concatenate([walker[:, :768], jumping[:, :, :480]]))
     for profile, starts in (("wan", [12]), ("upstream", [])):
-        chosen = settings(profile=profile, kind="clips")
-        moments = [m for some in look(probe(video), np.arange(24), chosen, None) for m in some]
+        moments = [
+            m
+            for some in look(probe(video), np.arange(24), settings(kind="clips"), PROFILES[profile], None)
+            for m in some
+        ]
         assert [i for i, moment in enumerate(moments) if moment.starts_shot] == starts
         assert len(moments) == 24 and all(moment.people is None for moment in moments)
 
 
 def test_closing_ends_the_threads():
     before = threading.active_count()
-    with closing(look(probe(WALKER), np.arange(90), settings(kind="clips"), None)) as moments:
+    with closing(look(probe(WALKER), np.arange(90), settings(kind="clips"), WAN, None)) as moments:
         assert len(next(moments)) > 0
         assert threading.active_count() > before
     assert threading.active_count() == before
@@ -64,7 +67,7 @@ def test_frames_before_damage_are_given(tmp_path):
     for detector in (None, open_detector(MODELS.detector, num_threads=2, batch_frames=8)):
         given: list[Moment] = []
         with pytest.raises(UserVideoError, match="does not decode"):
-            for some in look(probe(tmp_path / "damaged.mp4"), np.arange(90), settings(kind="clips"), detector):
+            for some in look(probe(tmp_path / "damaged.mp4"), np.arange(90), settings(kind="clips"), WAN, detector):
                 given += some
         num_given.append(len(given))
     assert 0 < num_given[0] < 90 and num_given[0] == num_given[1]
