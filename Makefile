@@ -11,7 +11,7 @@ READY := $(VENV)/ready-$(KEY)
 # again in turns, and wait for each other's locks.
 export TORCH_EXTENSIONS_DIR := $(VENV)/torch_extensions
 
-.PHONY: demo test test-long lint install clean
+.PHONY: demo test test-long bench lint install clean
 
 demo: install
 	PATH="$(BIN):$$PATH" bash demo/run.sh
@@ -25,6 +25,11 @@ test-long: install
 	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python benchmarks/fuzz_videos.py 500 --seed 0
 	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python benchmarks/fuzz_videos.py 500 --seed 0 --pipeline clips
 	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python benchmarks/fuzz_videos.py 500 --seed 0 --pipeline animate --timeout-seconds 60
+
+# Preprocessing beside the original's way: outside the networks, throughput, memory.
+bench: install
+	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python benchmarks/preprocess.py --repeats 3
+	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python benchmarks/preprocess.py --memory
 
 lint: install
 	$(BIN)/ruff check .
