@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 RUN_FILE = "wan_accel_run.json"
 PART_BYTES = 1 << 30
-BATCH_BYTES = 16 << 20
+BATCH_BYTES = 32 << 20
 BATCH_ROWS = 64
 
 
