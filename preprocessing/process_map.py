@@ -1,15 +1,15 @@
 """A function over many tasks in several processes; a task that ends its process does not end the others."""
 
 import multiprocessing
-import os
 import signal
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import TypeVar
+
+from preprocessing.side_by_side import num_cores
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -23,8 +23,7 @@ class Crash:
 
 def usable_processes() -> int:
     """Processes that keep this machine's cores busy, at most 16: more wait for the disk."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return min(cores, _MOST_PROCESSES)
+    return min(num_cores(), _MOST_PROCESSES)
 
 
 def map_in_processes(
