@@ -14,6 +14,8 @@ from wan_accel.trainer import WanTrainer
 SIGNATURES = {
     "get_train_dataloader": ["self"],
     "_prepare_for_training": ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
+    "create_optimizer": ["self", "model"],
+    "_get_grad_norm": ["self", "model", "grad_norm"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "_clip_grad_norm": ["self", "model"],
     "_save_checkpoint": ["self", "model", "trial"],

@@ -1,6 +1,7 @@
 """Put a denoiser together for training: the techniques, in their order, then the weights."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from wan_accel.lora import LoraSettings, inject_lora
 from wan_accel.models.blocks import CheckpointedModule
 from wan_accel.models.denoiser import WanDenoiser, inject_ulysses
 from wan_accel.models.loading import CheckpointReader, build_denoiser, fill_parameters
+from wan_accel.models.pair import ExpertPair
 from wan_accel.models.variants import Variant
 from wan_accel.parallel.engine import Engine
 from wan_accel.parallel.fsdp import fully_shard_denoiser
@@ -78,6 +80,23 @@ def assemble(
     model.to_empty(device=device)
     fill_parameters(model, reader, seed=techniques.seed)
     return model
+
+
+def assemble_experts(
+    variant: Variant,
+    readers: Mapping[str, CheckpointReader],
+    techniques: Techniques,
+    *,
+    engine: Engine,
+    dims: ParallelDims,
+    device: torch.device,
+) -> WanDenoiser | ExpertPair:
+    """Assemble the experts that `readers` name, one by one: a denoiser, or a pair. Collective; see `assemble`."""
+    experts = {
+        name: assemble(variant, reader, techniques, engine=engine, dims=dims, device=device)
+        for name, reader in readers.items()
+    }
+    return ExpertPair(experts) if len(experts) > 1 else next(iter(experts.values()))
 
 
 def _apply(

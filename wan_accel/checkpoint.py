@@ -3,7 +3,7 @@
 checkpoint-<step>/
   manifest.json            format, engine, step, what is trained; written last
   model/                   torch.distributed.checkpoint: trained weights and optimizer (single, DDP, FSDP2)
-  zero/                    DeepSpeed's own format (ZeRO-3)
+  zero/<expert>/           DeepSpeed's own format (ZeRO-3)
   trainer_state.json  scheduler.pt  rng_state*.pth  recipe.yaml
 """
 
@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from wan_accel.models.variants import BOTH
 from wan_accel.parallel.engine import Engine
 
 FORMAT = "wan-accel/checkpoint@1"
@@ -153,10 +154,21 @@ def save_weights(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
 
 def load_weights(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load what `save_weights` wrote, on any number of ranks. Collective."""
-    state = _state(model, optimizer)
-    dcp.load(state, checkpoint_id=str(folder / "model"), no_dist=not dist.is_initialized())
+    path = str(folder / "model")
+    state = _only_stored(_state(model, optimizer), path)
+    dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     set_model_state_dict(model, state["model"], options=_OPTIONS)
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_OPTIONS)
+
+
+def _only_stored(state: dict[str, Any], path: str) -> dict[str, Any]:
+    """Leave out optimizer state that was not saved: an expert which no step had used yet has none."""
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    prefix = "optimizer.state."
+    names = sorted(name for name in state["optimizer"]["state"])
+    kept = [name for name in names if any(key.startswith(f"{prefix}{name}.") for key in stored)]
+    moments = {name: state["optimizer"]["state"][name] for name in kept}
+    return {**state, "optimizer": {**state["optimizer"], "state": moments}}
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -166,18 +178,29 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
     }
 
 
+def zero_folder(folder: Path, expert: str) -> Path:
+    """Where an expert's engine writes; engines of a pair do not share a folder."""
+    return folder / "zero" / expert
+
+
 def read_trained(folder: Path) -> dict[str, Tensor]:
     """Read the trained tensors of any checkpoint whole, on one process; fp32 masters where the engine keeps them."""
     manifest = read_manifest(folder)
     if manifest.engine == "zero3":
-        return _read_zero(folder / "zero")
+        return _read_zero(folder, manifest)
     state = {"model": {name: torch.empty(shape) for name, shape in manifest.trained.items()}}
     dcp.load(state, checkpoint_id=str(folder / "model"), no_dist=True)
     return state["model"]
 
 
-def _read_zero(folder: Path) -> dict[str, Tensor]:
+def _read_zero(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    state = get_fp32_state_dict_from_zero_checkpoint(str(folder), exclude_frozen_parameters=True)
-    return {name: tensor.clone() for name, tensor in state.items()}
+    experts = sorted({name.split(".")[0] for name in manifest.trained}) if manifest.expert == BOTH else []
+    trained: dict[str, Tensor] = {}
+    for expert in experts or [manifest.expert]:
+        path = str(zero_folder(folder, expert))
+        prefix = f"{expert}." if experts else ""
+        state = get_fp32_state_dict_from_zero_checkpoint(path, exclude_frozen_parameters=True)
+        trained |= {prefix + name: tensor.clone() for name, tensor in state.items()}
+    return trained

@@ -48,9 +48,10 @@ def evaluate(recipe: Recipe, lora: Path | None) -> dict[str, float]:
     if not recipe.validation.every_steps:
         raise ValueError("validation.every_steps is 0, so the recipe has no validation draws: set it, e.g. to 100")
     variant = get_variant(recipe.variant)
-    folder = dit_folder(Path(recipe.model.checkpoint), variant, recipe.model.expert or default_expert(variant))
+    expert = recipe.model.expert or default_expert(variant)
+    folder = dit_folder(Path(recipe.model.checkpoint), variant, expert)
     reader = MergedReader(folder, lora_deltas(load_file(lora))) if lora is not None else CheckpointReader(folder)
-    trainer = build_trainer(recipe, reader)
+    trainer = build_trainer(recipe, {expert: reader})
     loss, zero_loss = trainer.fixed_losses(trainer.eval_draws)
     if not trainer.is_world_process_zero():
         return {}

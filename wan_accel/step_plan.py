@@ -9,6 +9,7 @@ micro-steps; a rank without work in one of them runs a copy of a sample with wei
 model have to take part in its collectives.
 """
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -77,6 +78,14 @@ class Step:
     epoch: int
     num_samples: int
     micro_steps: tuple[MicroStep, ...]
+
+    @property
+    def samples_of(self) -> Counter[str]:
+        """True samples over all ranks of each expert."""
+        counts: Counter[str] = Counter()
+        for micro in self.micro_steps:
+            counts[micro.expert] += sum(draw.weight > 0 for hand in micro.samples for draw in hand)
+        return counts
 
 
 # Purposes of random numbers: one stream each, so that adding a draw never changes another.
@@ -192,11 +201,14 @@ class StepPlan:
         shuffled = np.argsort(_hash(self.seed, _STEP_ORDER, epoch, np.arange(len(steps))), kind="stable")
         return [steps[i] for i in shuffled]
 
-    def _expert(self, row: int, epoch: int) -> str:
+    def expert_at(self, sigma: float) -> str:
+        """The name of the trained expert for a noise level; the only one for any."""
         if len(self.experts) == 1:
             return self.experts[0].name
-        sigma = self._sigma(row, epoch)
-        return next(e.name for e in self.experts if e.sigma_min <= sigma < e.sigma_max or sigma == e.sigma_max == 1.0)
+        return next(expert.name for expert in self.experts if expert.covers(sigma))
+
+    def _expert(self, row: int, epoch: int) -> str:
+        return self.experts[0].name if len(self.experts) == 1 else self.expert_at(self._sigma(row, epoch))
 
     def _sigma(self, row: int, epoch: int) -> float:
         return self.levels.sample(float(_uniform(self.seed, _SIGMA, epoch, np.asarray(row))))

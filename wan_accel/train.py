@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ from transformers import set_seed
 
 from wan_accel import checkpoint
 from wan_accel.arguments import WanTrainingArguments
-from wan_accel.assemble import Techniques, assemble, launched_engine, launched_replicas
+from wan_accel.assemble import Techniques, assemble_experts, launched_engine, launched_replicas
 from wan_accel.data.latents import LatentsDataset
 from wan_accel.lora import LoraSettings
 from wan_accel.metrics import write_run_state
 from wan_accel.models.checkpoint_files import condition_keys
-from wan_accel.models.loading import CheckpointReader, default_expert, dit_folder
-from wan_accel.models.variants import get_variant
+from wan_accel.models.loading import CheckpointReader, dit_folder
+from wan_accel.models.variants import Expert, get_variant
 from wan_accel.parallel.cpu import enable_fsdp_on_cpu
 from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.recipe.arguments import training_arguments
@@ -60,12 +61,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def build_trainer(recipe: Recipe, reader: CheckpointReader | None = None) -> WanTrainer:
+def build_trainer(recipe: Recipe, readers: Mapping[str, CheckpointReader] | None = None) -> WanTrainer:
     """Everything between a recipe and a trainer ready to run. Collective.
 
     Args:
         recipe: the recipe.
-        reader: weights to start from, `model.checkpoint` by default.
+        readers: weights of each expert to start from, those of `model.checkpoint` by default.
 
     Raises:
         ValueError: the recipe, dataset, checkpoint or layout cannot be used; nothing has been written.
@@ -77,16 +78,18 @@ def build_trainer(recipe: Recipe, reader: CheckpointReader | None = None) -> Wan
     args = WanTrainingArguments(**{**training_arguments(recipe), **_launch_arguments()})
     device = args.device  # sets the process group up
     variant = get_variant(recipe.variant)
-    expert = recipe.model.expert or default_expert(variant)
+    experts = variant.trained_experts(recipe.model.expert)
     source = LatentsDataset(Path(recipe.data.latents))
     checkpoint_folder = Path(recipe.model.checkpoint)
-    folder = dit_folder(checkpoint_folder, variant, expert)
+    readers = readers or {
+        expert.name: CheckpointReader(dit_folder(checkpoint_folder, variant, expert.name)) for expert in experts
+    }
     source.check_keys(condition_keys(variant, checkpoint_folder, known_variants=recipe.cache.known_variants))
-    plan, eval_draws = plan_data(recipe, args, source, expert)
+    plan, eval_draws = plan_data(recipe, args, source, experts)
     applied = techniques(recipe, args.seed)
-    model = assemble(
+    model = assemble_experts(
         variant,
-        reader or CheckpointReader(folder),
+        readers,
         applied,
         engine=launched_engine(),
         dims=ParallelDims(
@@ -100,7 +103,7 @@ def build_trainer(recipe: Recipe, reader: CheckpointReader | None = None) -> Wan
         source,
         plan,
         variant=variant,
-        expert=expert,
+        expert=recipe.model.expert or experts[0].name,
         lora=applied.lora,
         base=recipe.model.checkpoint,
         eval_draws=eval_draws,
@@ -144,22 +147,25 @@ def techniques(recipe: Recipe, seed: int) -> Techniques:
 
 
 def plan_data(
-    recipe: Recipe, args: WanTrainingArguments, source: LatentsDataset, expert: str
+    recipe: Recipe, args: WanTrainingArguments, source: LatentsDataset, experts: Sequence[Expert]
 ) -> tuple[StepPlan, list[SampleDraw]]:
     """The step plan over the training rows, and fixed draws over the validation rows.
 
     Without a validation split (`data.eval.fraction: 0`) validation uses the training rows, which shows learning
     but not generalisation; the log says so.
     """
-    index, row = source.index(), get_variant(recipe.variant).expert(expert)
     train_rows, eval_rows = split_groups(source.group_ids, fraction=recipe.data.eval.fraction, seed=args.seed)
-    plan = default_plan(source, args, row, train_rows)
+    plan = default_plan(source, args, experts, train_rows)
     if not recipe.validation.every_steps:
         return plan, []
     if not eval_rows:
         logger.info("data.eval.fraction is 0: validation uses the training rows with fixed noise")
         eval_rows = train_rows
-    return plan, fixed_draws(index, eval_rows, num_sigmas=args.eval_sigmas, seed=args.seed, expert=row)
+    return plan, [
+        draw
+        for expert in experts
+        for draw in fixed_draws(source.index(), eval_rows, num_sigmas=args.eval_sigmas, seed=args.seed, expert=expert)
+    ]
 
 
 def resume_path(recipe: Recipe, args: WanTrainingArguments) -> str | None:

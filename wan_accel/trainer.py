@@ -6,8 +6,9 @@ Trainer methods that are overridden, checked against transformers 5.17 to 5.23 (
 |---|---|
 | get_train_dataloader | the step plan decides the samples; one item is an optimizer step of this data rank |
 | _prepare_for_training | FSDP2 models are sharded already; weights are loaded after preparation, for every engine |
+| create_optimizer | the experts of a pair have parameter groups of their own |
 | training_step | runs the micro-batches of a step; loss = sum over samples / global sample count |
-| _clip_grad_norm | one norm over sharded parameters, as a plain number |
+| _clip_grad_norm, _get_grad_norm | each expert by its own norm over sharded parameters |
 | _save_checkpoint, _load_from_checkpoint | our checkpoints (wan_accel.checkpoint) |
 | evaluate | fixed-noise loss |
 | get_batch_samples, log | data wait, tokens per second, peak memory |
@@ -15,6 +16,7 @@ Trainer methods that are overridden, checked against transformers 5.17 to 5.23 (
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -35,11 +37,13 @@ from wan_accel.data.collate import MicroBatch, SampleSource, StepDataset, collat
 from wan_accel.lora import LoraSettings
 from wan_accel.metrics import MetricsCallback, peak_gib
 from wan_accel.models.denoiser import WanDenoiser, inject_ulysses
+from wan_accel.models.pair import ExpertPair, experts_of, split_by_expert
 from wan_accel.models.variants import Expert, Variant
 from wan_accel.objective import NoiseLevels, add_noise, loss_weight, per_sample_mse, step_loss, velocity
 from wan_accel.parallel.engine import detect_engine
 from wan_accel.parallel.fsdp import assert_sharded, fully_shard_denoiser
 from wan_accel.parallel.mesh import ParallelDims
+from wan_accel.parallel.zero import JointOptimizer, backward_zero, prepare_engine
 from wan_accel.step_plan import SampleDraw, StepPlan
 
 # Tensors of a micro-batch that are not inputs of the denoiser.
@@ -64,13 +68,13 @@ class WanTrainer(Trainer):
     """Trains a `WanDenoiser` with accelerate's engines and Ulysses.
 
     Args:
-        model: the denoiser with everything applied (LoRA, Ulysses). Under FSDP2 it may be sharded already;
-            a plain one, equal on all ranks, is sharded here.
+        model: the denoiser, or pair of them, with everything applied (LoRA, Ulysses). Under FSDP2 it may be
+            sharded already; a plain one, equal on all ranks, is sharded here.
         args: arguments; `max_steps` or `num_train_epochs` end the run.
         train_dataset: cached conditions (`LatentsDataset`).
         plan: what each step does; by default over all rows, from `args`.
         variant: the row of the variants table.
-        expert: the expert that is trained.
+        expert: the expert that is trained, `both` for a pair.
         lora: the LoRA's settings, None for full training.
         base: name or path of the base checkpoint, recorded in checkpoints.
         eval_draws: fixed draws for validation; empty for none.
@@ -84,7 +88,7 @@ class WanTrainer(Trainer):
 
     def __init__(
         self,
-        model: WanDenoiser,
+        model: WanDenoiser | ExpertPair,
         args: WanTrainingArguments,
         train_dataset: SampleSource,
         plan: StepPlan | None = None,
@@ -96,7 +100,7 @@ class WanTrainer(Trainer):
         eval_draws: Sequence[SampleDraw] = (),
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        plan = plan or default_plan(train_dataset, args, variant.expert(expert))
+        plan = plan or default_plan(train_dataset, args, variant.trained_experts(expert))
         # Trainer's own skipping would read every batch again; the step sampler starts at the right step.
         args.ignore_data_skip = True
         if args.max_steps <= 0:
@@ -120,8 +124,11 @@ class WanTrainer(Trainer):
         self.dims = ParallelDims(
             world_size=args.world_size, ulysses=args.ulysses, dp_replicate=_dp_replicate(self.accelerator)
         )
-        self.dims.validate(model.num_heads)
-        self._apply_parallelism(model)
+        self.lanes: dict[str, nn.Module] = dict(experts_of(model, expert))
+        for denoiser in experts_of(model, expert).values():
+            self.dims.validate(denoiser.num_heads)
+            self._apply_parallelism(denoiser)
+        self._step_experts: list[str] = []
         self._step_tokens = 0
         self._logged = _Interval()
 
@@ -163,8 +170,11 @@ class WanTrainer(Trainer):
     ) -> tuple[nn.Module, DataLoader]:
         if self.engine == "fsdp2":
             model = self._prepare_sharded(max_steps)
+        elif isinstance(self.model, ExpertPair):
+            model = self._prepare_pair(self.model, max_steps)
         else:
             model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
+            self.lanes = {self.expert: model}
         if resume_from_checkpoint is not None:
             self._resume(Path(resume_from_checkpoint), model)
         for name in ("model", "optimizer", "lr_scheduler"):
@@ -188,6 +198,36 @@ class WanTrainer(Trainer):
         self.model_wrapped = self._module
         return self._module
 
+    def _prepare_pair(self, pair: ExpertPair, max_steps: int) -> nn.Module:
+        """Wrap each expert by itself. Under ZeRO-3 each has an engine with its own optimizer, which steps by itself."""
+        if self.engine == "zero3":
+            self.lanes, self.optimizer = self._prepare_zero_pair(pair, max_steps)
+        else:
+            self.create_optimizer()
+            self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
+            self.lanes = {name: self.accelerator.prepare_model(expert) for name, expert in pair.named_children()}
+        self.create_scheduler(num_training_steps=max_steps)
+        self.model_wrapped = pair
+        return pair
+
+    def _prepare_zero_pair(self, pair: ExpertPair, max_steps: int) -> tuple[dict[str, nn.Module], JointOptimizer]:
+        plugin = self.accelerator.state.deepspeed_plugin
+        plugin.hf_ds_config.trainer_config_finalize(self.args, pair, max_steps)  # fills what is "auto"
+        engines, optimizers = {}, []
+        for name, expert in pair.named_children():
+            self.optimizer = None
+            engines[name], optimizer = prepare_engine(self.accelerator, expert, self.create_optimizer(expert))
+            optimizers.append(optimizer)
+        return engines, JointOptimizer(optimizers)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer; the experts of a pair get parameter groups of their own."""
+        optimizer = super().create_optimizer(model)
+        model = self._module if model is None else model
+        if isinstance(model, ExpertPair):
+            optimizer.param_groups = split_by_expert(optimizer.param_groups, model)
+        return optimizer
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
@@ -198,35 +238,48 @@ class WanTrainer(Trainer):
         """
         model.train()
         micro_batches: list[MicroBatch] = inputs["micro_batches"]
+        self._step_experts = inputs["experts"]
+        last = {expert: index for index, expert in enumerate(self._step_experts)}
         total = torch.zeros((), device=self.accelerator.device)
-        for index, batch in enumerate(micro_batches):
-            is_last = index == len(micro_batches) - 1
-            # DDP and ZeRO reduce at the last micro-batch; FSDP2 reduces each into its shards, which saves memory.
-            self.accelerator.gradient_state._set_sync_gradients(is_last)
-            wants_no_sync = self.engine == "ddp" and not is_last
-            with self.accelerator.no_sync(model) if wants_no_sync else nullcontext():
-                loss = self._micro_loss(model, batch, inputs["num_samples"])
-                options = {"scale_wrt_gas": False} if self.engine == "zero3" else {}
-                self.accelerator.backward(loss, **options)
-            total += loss.detach()
+        for index, (batch, expert) in enumerate(zip(micro_batches, self._step_experts)):
+            loss = self._micro_step(expert, batch, inputs["num_samples"], is_last=index == last[expert])
+            total += loss
+            self._logged.add(expert, loss * inputs["num_samples"])
             self._step_tokens += batch["latents"].shape[0] * self._tokens_of(batch)
+        self._logged.num_samples.update(inputs["samples_of"])
+        self._logged.num_steps.update(inputs["samples_of"].keys())
         return total
 
-    def _micro_loss(self, model: nn.Module, batch: MicroBatch, num_samples: int) -> Tensor:
-        predicted, target = self._predict(model, batch)
+    def _micro_step(self, expert: str, batch: MicroBatch, num_samples: int, *, is_last: bool) -> Tensor:
+        """Forward and backward of a micro-batch; `is_last` of this expert's in the optimizer step.
+
+        DDP and ZeRO reduce gradients at the last one; FSDP2 reduces each into its shards, which saves memory.
+        """
+        lane = self.lanes[expert]
+        self.accelerator.gradient_state._set_sync_gradients(is_last)
+        with lane.no_sync() if self.engine == "ddp" and not is_last else nullcontext():  # type: ignore[operator]
+            loss = self._micro_loss(expert, batch, num_samples)
+            if self.engine == "zero3":
+                backward_zero(lane, loss, is_last=is_last)
+            else:
+                self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _micro_loss(self, expert: str, batch: MicroBatch, num_samples: int) -> Tensor:
+        predicted, target = self._predict(expert, batch)
         per_sample = per_sample_mse(predicted, target)
         weight = batch["weight"].to(per_sample.device) * loss_weight(
             batch["sigma"].to(per_sample.device), self.args.weighting, self.args.shift
         )
         return step_loss(per_sample, weight, num_samples, self.dims.num_data_ranks)
 
-    def _predict(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def _predict(self, expert: str, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Predicted and true velocity (B, C, F, h, w) fp32 of a micro-batch."""
         device = self.accelerator.device
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         latents, noise, sigma = batch["latents"].float(), batch["noise"].float(), batch["sigma"]
         inputs = {name: value for name, value in batch.items() if name not in _NOT_INPUTS}
-        predicted = model(add_noise(latents, noise, sigma), 1000.0 * sigma, **inputs)
+        predicted = self.lanes[expert](add_noise(latents, noise, sigma), 1000.0 * sigma, **inputs)
         return predicted, velocity(latents, noise)
 
     def _tokens_of(self, batch: MicroBatch) -> int:
@@ -235,7 +288,19 @@ class WanTrainer(Trainer):
         return frames * height * width // (patch_t * patch_h * patch_w)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
-        norm = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        """Clip each expert that the step used by its own norm; returns the norm over all of them."""
+        norms = {expert: self._clip_lane(self.lanes[expert]) for expert in sorted(set(self._step_experts))}
+        self._logged.grad_norms |= norms
+        return torch.stack([torch.as_tensor(norm, dtype=torch.float32) for norm in norms.values()]).norm()
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        """The norm that `_clip_grad_norm` returned; with `max_grad_norm: 0` nothing is clipped and none is logged."""
+        return grad_norm
+
+    def _clip_lane(self, lane: nn.Module) -> Tensor | float:
+        if self.engine == "zero3":
+            return lane.get_global_grad_norm()  # type: ignore[operator]  # the engine has clipped and stepped already
+        norm = self.accelerator.clip_grad_norm_(lane.parameters(), self.args.max_grad_norm)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     # ---- checkpoints ----
@@ -246,7 +311,8 @@ class WanTrainer(Trainer):
         self.check_space()
         folder = checkpoint.start(self.output_dir, step, is_main=is_main)
         if self.engine == "zero3":
-            self._engine.save_checkpoint(str(folder / "zero"), exclude_frozen_parameters=True)
+            for expert, engine in self._engines.items():
+                engine.save_checkpoint(str(checkpoint.zero_folder(folder, expert)), exclude_frozen_parameters=True)
         else:
             checkpoint.save_weights(folder, model, self._plain_optimizer)
         self._save_rng_state(str(folder))
@@ -289,9 +355,9 @@ class WanTrainer(Trainer):
         )
 
     @property
-    def _engine(self) -> Any:
-        """DeepSpeed's engine under ZeRO-3."""
-        return self.model_wrapped
+    def _engines(self) -> dict[str, Any]:
+        """DeepSpeed's engine of each expert under ZeRO-3."""
+        return self.lanes
 
     @property
     def _module(self) -> nn.Module:
@@ -335,7 +401,8 @@ class WanTrainer(Trainer):
                     f"{folder} was written by {saved.world_size} ZeRO-3 processes and cannot be resumed on "
                     f"{self.args.world_size}: start {saved.world_size}"
                 )
-            self._engine.load_checkpoint(str(folder / "zero"), load_module_strict=False)
+            for expert, engine in self._engines.items():
+                engine.load_checkpoint(str(checkpoint.zero_folder(folder, expert)), load_module_strict=False)
         else:
             checkpoint.load_weights(folder, model, self._plain_optimizer)
         assert self.lr_scheduler is not None
@@ -360,19 +427,20 @@ class WanTrainer(Trainer):
         Every data rank takes every n-th draw; ranks whose share is shorter repeat the last with weight 0, as
         all ranks of a sharded model have to run the same number of forwards.
         """
-        model = self._engine if self.engine == "zero3" else self._module
-        model.eval()
+        for lane in self.lanes.values():
+            lane.eval()
         rank, num_ranks = self.dims.data_rank(self.args.process_index), self.dims.num_data_ranks
         sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         for start in range(0, len(draws), num_ranks):
             is_filler = start + rank >= len(draws)
-            batch = collate(self.source, [draws[min(start + rank, len(draws) - 1)]])
-            predicted, target = self._predict(model, batch)
+            draw = draws[min(start + rank, len(draws) - 1)]
+            predicted, target = self._predict(self.plan.expert_at(draw.sigma), collate(self.source, [draw]))
             if not is_filler:
                 loss, zero = per_sample_mse(predicted, target), per_sample_mse(torch.zeros_like(target), target)
                 sums += torch.stack([loss.sum(), zero.sum()]).double()
-        if isinstance(model, FSDPModule):
-            model.reshard()  # the root stays gathered after a forward without a backward
+        for lane in self.lanes.values():
+            if isinstance(lane, FSDPModule):
+                lane.reshard()  # the root stays gathered after a forward without a backward
         if dist.is_initialized():
             dist.all_reduce(sums)  # over all ranks: each Ulysses rank added the same number
         mean = sums / (len(draws) * self.args.ulysses)
@@ -392,6 +460,7 @@ class WanTrainer(Trainer):
         if "loss" in logs:
             seconds = time.perf_counter() - self._logged.started
             per_gpu = self._step_tokens / self.args.ulysses / seconds
+            logs |= self._logged.by_expert() if len(self.lanes) > 1 else {}
             logs["tokens_per_second_per_gpu"] = round(per_gpu, 1)
             logs["data_wait"] = round(self._logged.data_seconds / seconds, 4)
             logs["peak_gib"] = round(peak_gib(self.accelerator.device), 3)
@@ -402,7 +471,7 @@ class WanTrainer(Trainer):
 
 
 def default_plan(
-    source: SampleSource, args: WanTrainingArguments, expert: Expert, rows: Sequence[int] | None = None
+    source: SampleSource, args: WanTrainingArguments, experts: Sequence[Expert], rows: Sequence[int] | None = None
 ) -> StepPlan:
     """The step plan that the arguments describe, over `rows` or all of them."""
     return StepPlan(
@@ -411,7 +480,7 @@ def default_plan(
         global_batch=args.global_batch,
         micro_batch=args.micro_batch,
         levels=NoiseLevels(density=args.density, shift=args.shift),
-        experts=(expert,),
+        experts=experts,
         caption_dropout=args.caption_dropout,
         face_dropout=args.face_dropout,
         rows=rows,
@@ -419,11 +488,31 @@ def default_plan(
 
 
 class _Interval:
-    """Time since the last log line."""
+    """What happened since the last log line. Losses stay on the device until it is written."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.data_seconds = 0.0
+        self.loss_sums: dict[str, Tensor] = {}
+        self.num_samples: Counter[str] = Counter()
+        self.num_steps: Counter[str] = Counter()
+        self.grad_norms: dict[str, Tensor | float] = {}
+
+    def add(self, expert: str, loss_sum: Tensor) -> None:
+        """Add a micro-batch: this rank's share, over the mean of ranks, of its samples' summed loss."""
+        self.loss_sums[expert] = self.loss_sums.get(expert, 0.0) + loss_sum
+
+    def by_expert(self) -> dict[str, float]:
+        """Mean loss, optimizer steps and last gradient norm of every expert that was used. Collective."""
+        logs: dict[str, float] = {}
+        for expert, count in sorted(self.num_samples.items()):  # the same on every rank
+            loss = self.loss_sums[expert].clone()
+            if dist.is_initialized():
+                dist.all_reduce(loss)
+                loss /= dist.get_world_size()
+            logs[f"loss_{expert}"] = round(float(loss) / count, 6)
+            logs[f"steps_{expert}"] = self.num_steps[expert]
+        return logs | {f"grad_norm_{expert}": float(norm) for expert, norm in self.grad_norms.items()}
 
 
 def _dp_replicate(accelerator: Any) -> int:

@@ -30,7 +30,8 @@ class SampleSource(Protocol):
 class StepDataset(Dataset):
     """Maps an optimizer step to this data rank's share of it.
 
-    An item is {"step": int, "num_samples": int (of all ranks), "micro_batches": [MicroBatch]}.
+    An item is {"step": int, "num_samples": int (of all ranks), "micro_batches": [MicroBatch], "experts": [str] (of
+    each micro-batch), "samples_of": {expert: number of its samples over all ranks}}.
     """
 
     def __init__(self, source: SampleSource, plan: StepPlan, *, data_rank: int, num_data_ranks: int) -> None:
@@ -41,8 +42,13 @@ class StepDataset(Dataset):
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         planned = self.plan.step(step, self.num_data_ranks)
-        batches = [self._micro_batch(micro) for micro in planned.micro_steps]
-        return {"step": step, "num_samples": planned.num_samples, "micro_batches": batches}
+        return {
+            "step": step,
+            "num_samples": planned.num_samples,
+            "samples_of": dict(planned.samples_of),
+            "experts": [micro.expert for micro in planned.micro_steps],
+            "micro_batches": [self._micro_batch(micro) for micro in planned.micro_steps],
+        }
 
     def _micro_batch(self, micro: MicroStep) -> MicroBatch:
         return collate(self.source, micro.samples[self.data_rank])

@@ -8,6 +8,10 @@ from typing import Literal
 Conditioning = Literal["reference", "pose", "face", "known", "clip", "first_frame"]
 
 
+# As `model.expert`: both experts of a pair in one run.
+BOTH = "both"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DitSize:
     """Sizes of one Wan DiT. Tiny checkpoints derive theirs from tensor shapes instead.
@@ -43,6 +47,10 @@ class Expert:
     folder: str = ""
     sigma_min: float = 0.0
     sigma_max: float = 1.0
+
+    def covers(self, sigma: float) -> bool:
+        """Tell whether the expert is the one for a noise level."""
+        return self.sigma_min <= sigma < self.sigma_max or sigma == self.sigma_max == 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +100,24 @@ class Variant:
         raise ValueError(
             f"model.expert={name!r} does not exist in {self.name}: use {' or '.join(e.name for e in self.experts)}"
         )
+
+    def trained_experts(self, name: str | None) -> tuple[Expert, ...]:
+        """The experts that `model.expert` names: one of them, or all of a pair for `both`.
+
+        Args:
+            name: `high`, `low`, `both`, `default`, or None for a variant with one expert.
+
+        Raises:
+            ValueError: the variant has no such expert, or has two and none is named.
+        """
+        if name == BOTH and len(self.experts) > 1:
+            return self.experts
+        if name is None and len(self.experts) > 1:
+            raise ValueError(
+                f"model.expert is missing: {self.name} has {' and '.join(e.name for e in self.experts)}; name one, or "
+                f"{BOTH} to train the pair in one run"
+            )
+        return (self.expert(name or self.experts[0].name),)
 
     def num_tokens(self, num_frames: int, height: int, width: int) -> int:
         """Tokens of a clip of `num_frames` (4n+1) frames of height x width pixels, reference slot included."""

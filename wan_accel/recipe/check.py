@@ -49,10 +49,13 @@ def _check_variant(recipe: Recipe, variant: Variant) -> list[str]:
     names = [expert.name for expert in variant.experts]
     if variant.name not in TRAINABLE:
         problems.append(f"variant={variant.name} cannot be trained yet: use {', '.join(TRAINABLE)}")
-    if len(names) > 1 and recipe.model.expert is None:
-        problems.append(f"model.expert is missing: {variant.name} has {' and '.join(names)}")
     if len(names) == 1 and recipe.model.expert is not None:
         problems.append(f"model.expert={recipe.model.expert}: {variant.name} has one expert only; remove the key")
+    else:
+        try:
+            variant.trained_experts(recipe.model.expert)
+        except ValueError as error:
+            problems.append(str(error))
     if recipe.data.face_dropout and not variant.has_animate_adapter:
         problems.append(
             f"data.face_dropout={recipe.data.face_dropout}: {variant.name} has no face input; remove the key"

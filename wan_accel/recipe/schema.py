@@ -12,7 +12,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """Where weights come from. `expert` is high or low for A14B pairs.
+    """Where weights come from. `expert` is high or low for A14B pairs, or both to train the pair in one run.
 
     `torch_dtype` is that of the base weights in memory: bfloat16 halves a LoRA's frozen base; full training needs
     float32 masters.
@@ -20,7 +20,7 @@ class Model:
 
     __pydantic_config__ = _STRICT
     checkpoint: str
-    expert: Literal["high", "low"] | None = None
+    expert: Literal["high", "low", "both"] | None = None
     torch_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
