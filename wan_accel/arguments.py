@@ -17,7 +17,7 @@ class WanTrainingArguments(TrainingArguments):
     global_batch: samples of an optimizer step over all ranks, the same whatever the number of ranks.
     micro_batch: samples a rank runs at once.
     ulysses: ranks that share one sample by sequence parallelism.
-    density, shift, weighting: the objective (`wan_accel.objective`).
+    density, shift, logit_mean, logit_std, mode_scale, weighting: the objective (`wan_accel.objective`).
     caption_dropout, face_dropout: probabilities of replacing the caption or face by its null condition.
     eval_sigmas: noise levels at which each validation sample is evaluated.
     """
@@ -34,6 +34,9 @@ class WanTrainingArguments(TrainingArguments):
     ulysses: int = 1
     density: Density = "uniform"
     shift: float = 5.0
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
     weighting: Weighting = "none"
     caption_dropout: float = 0.0
     face_dropout: float = 0.0

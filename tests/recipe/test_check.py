@@ -55,6 +55,16 @@ def test_batch_and_variants() -> None:
     assert check(later) == ["variant=ti2v-5b cannot be trained yet: use animate-14b, t2v-a14b, t2v-1.3b"]
 
 
+def test_objective_keys_without_effect() -> None:
+    recipe = load_recipe("t2v-1.3b/lora", ["objective={preset: diffsynth, shift: 3.0}"])
+    assert check(recipe) == ["objective.shift has no effect with preset=diffsynth: remove one of them"]
+    recipe = load_recipe("t2v-1.3b/lora", ["objective={density: mode, logit_std: 2.0}"])
+    assert check(recipe) == [
+        "objective.logit_std has no effect with density=mode: remove it, or set density: logit_normal"
+    ]
+    assert check(load_recipe("t2v-1.3b/lora", ["objective={density: logit_normal, logit_mean: 0.5}"])) == []
+
+
 def test_engines_that_are_not_supported(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 2}\n")

@@ -182,6 +182,9 @@ def training_arguments(recipe: Recipe) -> dict[str, Any]:
         "ulysses": recipe.parallel.ulysses,
         "density": "uniform" if is_diffsynth else objective.density,
         "shift": 5.0 if is_diffsynth else objective.shift or get_variant(recipe.variant).shift,
+        "logit_mean": objective.logit_mean,
+        "logit_std": objective.logit_std,
+        "mode_scale": objective.mode_scale,
         "weighting": "bell" if is_diffsynth else objective.weighting,
         "eval_sigmas": recipe.validation.sigmas,
     }

@@ -1,5 +1,6 @@
 """Rules across sections, all at once and without side effects: no GPU, no network, no process group. Torch-free."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import yaml
 
 from wan_accel.models.variants import Variant, get_variant
 from wan_accel.parallel.degrees import usable_degrees
-from wan_accel.recipe.schema import Recipe
+from wan_accel.recipe.schema import Objective, Recipe
 
 # Variants whose conditioning is not written yet can be read and exported, not trained.
 TRAINABLE = ("animate-14b", "t2v-a14b", "t2v-1.3b")
@@ -29,6 +30,7 @@ def check(
     except ValueError as error:
         return [str(error)]
     problems = _check_variant(recipe, variant)
+    problems += _check_objective(recipe.objective)
     problems += _check_parallel(recipe, world_size, num_heads)
     for key, path in (("data.latents", recipe.data.latents), ("data.clips", recipe.data.clips)):
         if path is not None and "://" in path:
@@ -61,6 +63,23 @@ def _check_variant(recipe: Recipe, variant: Variant) -> list[str]:
             f"data.face_dropout={recipe.data.face_dropout}: {variant.name} has no face input; remove the key"
         )
     return problems
+
+
+# Keys of the objective that have an effect only with one density.
+_DENSITY_OF = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
+
+
+def _check_objective(objective: Objective) -> list[str]:
+    plain = Objective()
+    given = [field.name for field in fields(Objective) if getattr(objective, field.name) != getattr(plain, field.name)]
+    if objective.preset is not None:
+        extra = [name for name in given if name != "preset"]
+        return [f"objective.{name} has no effect with preset={objective.preset}: remove one of them" for name in extra]
+    return [
+        f"objective.{name} has no effect with density={objective.density}: remove it, or set density: {density}"
+        for name, density in _DENSITY_OF.items()
+        if name in given and objective.density != density
+    ]
 
 
 def _check_parallel(recipe: Recipe, world_size: int | None, num_heads: int | None) -> list[str]:

@@ -75,12 +75,19 @@ class Cache:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
-    """Density of sigma, its shift (the variant's by default) and the weighting of the loss."""
+    """Density of sigma, its shift (the variant's by default) and the weighting of the loss.
+
+    `preset: diffsynth` is DiffSynth's loss: uniform, shift 5, bell weighting; it takes no other key. `logit_mean` and
+    `logit_std` belong to the logit_normal density, `mode_scale` to mode.
+    """
 
     __pydantic_config__ = _STRICT
     preset: Literal["diffsynth"] | None = None
     density: Literal["uniform", "logit_normal", "mode"] = "uniform"
     shift: Annotated[float, Field(gt=0)] | None = None
+    logit_mean: float = 0.0
+    logit_std: Annotated[float, Field(gt=0)] = 1.0
+    mode_scale: Annotated[float, Field(ge=-1, le=1.75)] = 1.29
     weighting: Literal["none", "bell"] = "none"
 
 
