@@ -15,6 +15,7 @@ from wan_accel.step_plan import (
     SampleDraw,
     Step,
     StepPlan,
+    TokenBudget,
     fixed_draws,
     imbalance,
     split_groups,
@@ -66,6 +67,52 @@ def test_every_sample_once_an_epoch(counts: list[int], seed: int, epoch: int) ->
     rows = Counter(draw.index for step in steps for draw in true_draws(step))
     assert rows == Counter(range(sum(counts)))
     assert {step.epoch for step in steps} == {epoch}
+
+
+def tokens_of(num_frames: int, height: int, width: int) -> int:
+    return ((num_frames - 1) // 4 + 1) * (height // 16) * (width // 16)
+
+
+HIGH, LOW = VARIANTS["t2v-a14b"].experts
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    counts=datasets, seed=st.integers(0, 2**63), tokens=st.integers(1000, 200_000), multiple=st.sampled_from([1, 4]),
+    pair=st.booleans(),
+)  # fmt: skip
+def test_token_budgets(counts: list[int], seed: int, tokens: int, multiple: int, pair: bool) -> None:
+    budget = TokenBudget(tokens=tokens, num_tokens=tokens_of, multiple_of=multiple)
+    experts = {"experts": (HIGH, LOW)} if pair else {}
+    micro = TokenBudget(tokens=20_000, num_tokens=tokens_of)
+    plan = make_plan(counts, seed=seed, global_batch=budget, micro_batch=micro, **experts)
+    for epoch in range(2):
+        numbers = range(plan.start_of(epoch), plan.start_of(epoch + 1))
+        steps = [plan.step(number, 4) for number in numbers]
+        assert [plan.locate(number)[0] for number in numbers] == [epoch] * len(numbers)
+        rows = Counter(draw.index for step in steps for draw in true_draws(step))
+        assert rows == Counter(range(sum(counts)))
+        for number, step in zip(numbers, steps):
+            assert true_draws(plan.step(number, 1)) == true_draws(step)
+            shares = Counter(plan.index.buckets[draw.index] for draw in true_draws(step))
+            # A step is never over the budget, or is one multiple of a bucket whose samples alone are over it.
+            assert sum(count / budget.samples(bucket) for bucket, count in shares.items()) <= 1 + 1e-9
+            for micro_step in step.micro_steps:
+                assert all(len(hand) <= micro.samples(micro_step.bucket) for hand in micro_step.samples)
+                owners = {plan.expert_at(draw.sigma) for hand in micro_step.samples for draw in hand}
+                assert owners == {micro_step.expert}
+    assert plan.num_steps(2) == plan.start_of(2) and plan.epochs_at(plan.start_of(1)) == 1.0
+
+
+def test_a_budget_gives_small_clips_larger_batches() -> None:
+    budget = TokenBudget(tokens=70_000, num_tokens=tokens_of, multiple_of=2)
+    assert [budget.samples(bucket) for bucket in BUCKETS] == [30, 16, 2]
+    plan = make_plan([100, 100, 100], global_batch=budget)
+    sizes = Counter(step.num_samples for step in (plan.step(n, 2) for n in range(plan.steps_per_epoch)))
+    assert {30, 16, 2} <= set(sizes)
+    for num_ranks in (1, 2):
+        steps = [plan.step(number, num_ranks) for number in range(plan.steps_per_epoch)]
+        assert imbalance(steps, lambda bucket: tokens_of(*bucket)) <= 0.05
 
 
 def test_balance_on_mixed_buckets() -> None:

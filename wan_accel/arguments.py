@@ -16,6 +16,8 @@ class WanTrainingArguments(TrainingArguments):
 
     global_batch: samples of an optimizer step over all ranks, the same whatever the number of ranks.
     micro_batch: samples a rank runs at once.
+    global_batch_tokens, micro_batch_tokens: tokens instead of samples; None for samples.
+    batch_multiple_of: under a budget of tokens, samples of a step are a multiple of it.
     ulysses: ranks that share one sample by sequence parallelism.
     density, shift, logit_mean, logit_std, mode_scale, weighting: the objective (`wan_accel.objective`).
     caption_dropout, face_dropout: probabilities of replacing the caption or face by its null condition.
@@ -31,6 +33,9 @@ class WanTrainingArguments(TrainingArguments):
 
     global_batch: int = 1
     micro_batch: int = 1
+    global_batch_tokens: int | None = None
+    micro_batch_tokens: int | None = None
+    batch_multiple_of: int = 1
     ulysses: int = 1
     density: Density = "uniform"
     shift: float = 5.0

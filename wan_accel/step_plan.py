@@ -3,15 +3,17 @@
 A step is a function of (seed, step) alone. How its samples fall on ranks is worked out from it afterwards, so the
 loss does not depend on the layout, and a run can be resumed at any step on any number of ranks.
 
-An ordinary step has `global_batch` samples of one bucket and one expert, so every rank does the same work. What is
-left of each bucket at the end of an epoch (its size modulo the batch) forms mixed steps, which run as several
-micro-steps; a rank without work in one of them runs a copy of a sample with weight 0, as all ranks of a sharded
-model have to take part in its collectives.
+An ordinary step has a global batch of one bucket and one expert, so every rank does the same work. What is left of
+each bucket at the end of an epoch (its size modulo the batch) forms mixed steps, which run as several micro-steps; a
+rank without work in one of them runs a copy of a sample with weight 0, as all ranks of a sharded model have to take
+part in its collectives.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -41,6 +43,30 @@ class DatasetIndex:
     def __post_init__(self) -> None:
         if len(self.buckets) != len(self.num_known):
             raise ValueError(f"{len(self.buckets)} buckets but {len(self.num_known)} known-variant counts")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenBudget:
+    """A batch of about `tokens` tokens: the samples of a bucket that fit, a multiple of `multiple_of` and at least one.
+
+    num_tokens: tokens of a sample of a bucket, e.g. `Variant.num_tokens`.
+    """
+
+    tokens: int
+    num_tokens: Callable[[int, int, int], int]
+    multiple_of: int = 1
+
+    def samples(self, bucket: Bucket) -> int:
+        whole = self.tokens // self.num_tokens(*bucket) // self.multiple_of
+        return max(1, whole) * self.multiple_of
+
+
+BatchSize = int | TokenBudget
+
+
+def num_samples(size: BatchSize, bucket: Bucket) -> int:
+    """Samples of a batch of one bucket."""
+    return size if isinstance(size, int) else size.samples(bucket)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +114,9 @@ class Step:
         return counts
 
 
+# Samples of one bucket and expert.
+Group = tuple[tuple[Bucket, str], np.ndarray]
+
 # Purposes of random numbers: one stream each, so that adding a draw never changes another.
 _ORDER, _STEP_ORDER, _SIGMA, _NOISE, _CAPTION, _FACE, _KNOWN, _SPLIT, _FIXED = range(9)
 
@@ -120,8 +149,8 @@ class StepPlan:
     Args:
         index: the dataset.
         seed: of everything random.
-        global_batch: samples of an optimizer step.
-        micro_batch: samples that a rank runs at once.
+        global_batch: samples of an optimizer step, or tokens.
+        micro_batch: samples that a rank runs at once, or tokens.
         levels: the density of sigma; its range is replaced by the experts'.
         experts: the experts trained in this run; with two, a sample belongs to the one whose range holds its sigma.
         caption_dropout, face_dropout: probabilities.
@@ -136,8 +165,8 @@ class StepPlan:
         index: DatasetIndex,
         *,
         seed: int,
-        global_batch: int,
-        micro_batch: int = 1,
+        global_batch: BatchSize,
+        micro_batch: BatchSize = 1,
         levels: NoiseLevels | None = None,
         experts: Sequence[Expert] = (Expert(name="default"),),
         caption_dropout: float = 0.0,
@@ -148,12 +177,13 @@ class StepPlan:
         self.rows = np.arange(len(index.buckets)) if rows is None else np.asarray(sorted(rows), dtype=np.int64)
         if len(self.rows) == 0:
             raise ValueError("the training split has no rows: lower data.eval.fraction or add clips")
-        if global_batch < 1 or micro_batch < 1:
-            raise ValueError(f"global_batch={global_batch} and micro_batch={micro_batch} must be at least 1")
+        for name, size in (("global_batch", global_batch), ("micro_batch", micro_batch)):
+            if (size if isinstance(size, int) else size.tokens) < 1:
+                raise ValueError(f"{name}={size} must be at least 1")
         self.seed = seed
         self.global_batch = global_batch
         self.micro_batch = micro_batch
-        self.experts = tuple(experts)
+        self.experts = tuple(sorted(experts, key=lambda expert: expert.sigma_min))
         low, high = min(e.sigma_min for e in experts), max(e.sigma_max for e in experts)
         levels = levels or NoiseLevels()
         self.levels = NoiseLevels(
@@ -162,21 +192,60 @@ class StepPlan:
         )  # fmt: skip
         self.caption_dropout = caption_dropout
         self.face_dropout = face_dropout
+        # Shares of uniform draws below which a sample belongs to the first expert, the first two, ...
+        span = (self.levels.share_below(low), self.levels.share_below(high))
+        shares = [self.levels.share_below(expert.sigma_min) for expert in self.experts[1:]]
+        self._cuts = np.asarray([(share - span[0]) / (span[1] - span[0]) for share in shares])
+        self._kinds = sorted({index.buckets[row] for row in self.rows.tolist()})
+        numbers = {bucket: number for number, bucket in enumerate(self._kinds)}
+        self._bucket_numbers = np.asarray([numbers[index.buckets[row]] for row in self.rows.tolist()])
         self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
+        self._starts = [0]  # first step of each epoch so far
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.rows) // self.global_batch)
+        """Optimizer steps of the first epoch. Later ones have as many, but for a pair under a token budget."""
+        return self.start_of(1)
+
+    def start_of(self, epoch: int) -> int:
+        """The first optimizer step of an epoch."""
+        if isinstance(self.global_batch, int):
+            return epoch * -(-len(self.rows) // self.global_batch)
+        while len(self._starts) <= epoch:
+            self._starts.append(self._starts[-1] + len(self._plan_epoch(len(self._starts) - 1)))
+        return self._starts[epoch]
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """The epoch of an optimizer step and its place in it, from 0."""
+        if isinstance(self.global_batch, int):
+            return divmod(step, self.steps_per_epoch)
+        epoch = 0
+        while self.start_of(epoch + 1) <= step:
+            epoch += 1
+        return epoch, step - self.start_of(epoch)
+
+    def epochs_at(self, step: int) -> float:
+        """Epochs that are done after `step` optimizer steps."""
+        epoch, position = self.locate(step)
+        return epoch + position / (self.start_of(epoch + 1) - self.start_of(epoch))
+
+    def num_steps(self, epochs: float) -> int:
+        """Optimizer steps of a number of epochs, rounded up."""
+        whole = int(epochs)
+        return self.start_of(whole) + math.ceil(
+            (epochs - whole) * (self.start_of(whole + 1) - self.start_of(whole))
+        )
 
     def step(self, step: int, num_data_ranks: int) -> Step:
         """The optimizer step `step` (from 0) on `num_data_ranks` ranks."""
-        epoch, position = divmod(step, self.steps_per_epoch)
+        epoch, position = self.locate(step)
         groups = self._epoch(epoch)[position]
         micro_steps: list[MicroStep] = []
         first_rank = 0
         for (bucket, expert), rows in groups:
             draws = [self._draw(int(row), epoch) for row in rows]
-            micro_steps += _deal(bucket, expert, draws, num_data_ranks, self.micro_batch, first_rank)
+            micro_batch = num_samples(self.micro_batch, bucket)
+            micro_steps += _deal(bucket, expert, draws, num_data_ranks, micro_batch, first_rank)
             first_rank += len(draws)  # the next group goes on where this one stopped, which evens out the tails
         return Step(
             step=step,
@@ -185,21 +254,30 @@ class StepPlan:
             micro_steps=tuple(micro_steps),
         )
 
-    def _plan_epoch(self, epoch: int) -> list[list[tuple[tuple[Bucket, str], np.ndarray]]]:
+    def _plan_epoch(self, epoch: int) -> list[list[Group]]:
         """Every step of an epoch as groups of rows, before they are dealt to ranks."""
-        order = self.rows[np.argsort(_hash(self.seed, _ORDER, epoch, self.rows), kind="stable")]
-        groups: dict[tuple[Bucket, str], list[int]] = {}
-        for row in order.tolist():
-            groups.setdefault((self.index.buckets[row], self._expert(row, epoch)), []).append(row)
-        steps, tail = [], []
-        for key in sorted(groups):
-            rows = np.asarray(groups[key])
-            full = len(rows) // self.global_batch * self.global_batch
-            steps += [[(key, batch)] for batch in rows[:full].reshape(-1, self.global_batch)]
-            tail += [(key, row) for row in rows[full:].tolist()]
-        steps += [_by_key(tail[i : i + self.global_batch]) for i in range(0, len(tail), self.global_batch)]
+        order = np.argsort(_hash(self.seed, _ORDER, epoch, self.rows), kind="stable")
+        # Groups in the order of (bucket, expert name), rows in the order of the epoch.
+        names = sorted(expert.name for expert in self.experts)
+        owners = np.asarray([names.index(expert.name) for expert in self.experts])[self._owners(epoch)]
+        keys = (self._bucket_numbers * len(names) + owners)[order]
+        by_key = np.argsort(keys, kind="stable")
+        numbers, firsts = np.unique(keys[by_key], return_index=True)
+        steps: list[list[Group]] = []
+        tail: list[Group] = []
+        for number, rows in zip(numbers.tolist(), np.split(self.rows[order][by_key], firsts[1:])):
+            key = (self._kinds[number // len(names)], names[number % len(names)])
+            size = num_samples(self.global_batch, key[0])
+            full = len(rows) // size * size
+            steps += [[(key, batch)] for batch in rows[:full].reshape(-1, size)]
+            tail.append((key, rows[full:]))
+        steps += _pack(tail, self.global_batch)
         shuffled = np.argsort(_hash(self.seed, _STEP_ORDER, epoch, np.arange(len(steps))), kind="stable")
         return [steps[i] for i in shuffled]
+
+    def _owners(self, epoch: int) -> np.ndarray:
+        """The position in `experts` of each row's expert."""
+        return np.searchsorted(self._cuts, _uniform(self.seed, _SIGMA, epoch, self.rows), side="right")
 
     def expert_at(self, sigma: float) -> str:
         """The name of the trained expert for a noise level; the only one for any."""
@@ -207,11 +285,12 @@ class StepPlan:
             return self.experts[0].name
         return next(expert.name for expert in self.experts if expert.covers(sigma))
 
-    def _expert(self, row: int, epoch: int) -> str:
-        return self.experts[0].name if len(self.experts) == 1 else self.expert_at(self._sigma(row, epoch))
-
     def _sigma(self, row: int, epoch: int) -> float:
-        return self.levels.sample(float(_uniform(self.seed, _SIGMA, epoch, np.asarray(row))))
+        """The sample's noise level, inside the range of the expert that its draw belongs to."""
+        u = float(_uniform(self.seed, _SIGMA, epoch, np.asarray(row)))
+        expert = self.experts[int(np.searchsorted(self._cuts, u, side="right"))]
+        highest = expert.sigma_max if expert.covers(expert.sigma_max) else math.nextafter(expert.sigma_max, 0.0)
+        return min(max(self.levels.sample(u), expert.sigma_min), highest)
 
     def _draw(self, row: int, epoch: int) -> SampleDraw:
         item = np.asarray(row)
@@ -231,11 +310,20 @@ class StepPlan:
         )
 
 
-def _by_key(items: Sequence[tuple[tuple[Bucket, str], int]]) -> list[tuple[tuple[Bucket, str], np.ndarray]]:
-    groups: dict[tuple[Bucket, str], list[int]] = {}
-    for key, row in items:
-        groups.setdefault(key, []).append(row)
-    return [(key, np.asarray(rows)) for key, rows in groups.items()]
+def _pack(tail: Sequence[Group], global_batch: BatchSize) -> list[list[Group]]:
+    """Fill steps with what is left of every group, in order; a sample takes the share 1 / (its batch) of a step."""
+    steps: list[list[Group]] = []
+    room = Fraction(0)
+    for key, rows in tail:
+        size = num_samples(global_batch, key[0])
+        while len(rows):
+            if room * size < 1:
+                steps.append([])
+                room = Fraction(1)
+            count = min(len(rows), int(room * size))
+            steps[-1].append((key, rows[:count]))
+            rows, room = rows[count:], room - Fraction(count, size)
+    return steps
 
 
 def _deal(

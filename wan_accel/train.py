@@ -155,7 +155,7 @@ def plan_data(
     but not generalisation; the log says so.
     """
     train_rows, eval_rows = split_groups(source.group_ids, fraction=recipe.data.eval.fraction, seed=args.seed)
-    plan = default_plan(source, args, experts, train_rows)
+    plan = default_plan(source, args, get_variant(recipe.variant), experts, train_rows)
     if not recipe.validation.every_steps:
         return plan, []
     if not eval_rows:

@@ -14,7 +14,6 @@ Trainer methods that are overridden, checked against transformers 5.17 to 5.23 (
 | get_batch_samples, log | data wait, tokens per second, peak memory |
 """
 
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -44,7 +43,7 @@ from wan_accel.parallel.engine import detect_engine
 from wan_accel.parallel.fsdp import assert_sharded, fully_shard_denoiser
 from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.parallel.zero import JointOptimizer, backward_zero, prepare_engine
-from wan_accel.step_plan import SampleDraw, StepPlan
+from wan_accel.step_plan import SampleDraw, StepPlan, TokenBudget
 
 # Tensors of a micro-batch that are not inputs of the denoiser.
 _NOT_INPUTS = ("latents", "noise", "sigma", "weight")
@@ -100,11 +99,11 @@ class WanTrainer(Trainer):
         eval_draws: Sequence[SampleDraw] = (),
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        plan = plan or default_plan(train_dataset, args, variant.trained_experts(expert))
+        plan = plan or default_plan(train_dataset, args, variant, variant.trained_experts(expert))
         # Trainer's own skipping would read every batch again; the step sampler starts at the right step.
         args.ignore_data_skip = True
         if args.max_steps <= 0:
-            args.max_steps = math.ceil(args.num_train_epochs * plan.steps_per_epoch)
+            args.max_steps = plan.num_steps(args.num_train_epochs)
         super().__init__(
             model=model,
             args=args,
@@ -466,19 +465,29 @@ class WanTrainer(Trainer):
             logs["peak_gib"] = round(peak_gib(self.accelerator.device), 3)
             self._step_tokens, self._logged = 0, _Interval()
         # Trainer sees one endless epoch, as the step sampler has no length.
-        self.state.epoch = round(self.state.global_step / self.plan.steps_per_epoch, 4)
+        self.state.epoch = round(self.plan.epochs_at(self.state.global_step), 4)
         super().log(logs, start_time)
 
 
 def default_plan(
-    source: SampleSource, args: WanTrainingArguments, experts: Sequence[Expert], rows: Sequence[int] | None = None
+    source: SampleSource,
+    args: WanTrainingArguments,
+    variant: Variant,
+    experts: Sequence[Expert],
+    rows: Sequence[int] | None = None,
 ) -> StepPlan:
     """The step plan that the arguments describe, over `rows` or all of them."""
+
+    def budget(tokens: int | None, multiple_of: int = 1) -> TokenBudget | None:
+        if tokens is None:
+            return None
+        return TokenBudget(tokens=tokens, multiple_of=multiple_of, num_tokens=variant.num_tokens)
+
     return StepPlan(
         source.index(),
         seed=args.seed,
-        global_batch=args.global_batch,
-        micro_batch=args.micro_batch,
+        global_batch=budget(args.global_batch_tokens, args.batch_multiple_of) or args.global_batch,
+        micro_batch=budget(args.micro_batch_tokens) or args.micro_batch,
         levels=NoiseLevels(
             density=args.density,
             shift=args.shift,

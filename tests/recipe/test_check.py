@@ -55,6 +55,21 @@ def test_batch_and_variants() -> None:
     assert check(later) == ["variant=ti2v-5b cannot be trained yet: use animate-14b, t2v-a14b, t2v-1.3b"]
 
 
+def test_batches_of_tokens() -> None:
+    tokens = ["data.global_batch={tokens: 300000, multiple_of: 4}", "data.micro_batch={tokens: 40000}"]
+    assert check(load_recipe("t2v-1.3b/lora", tokens), world_size=4) == []
+    assert check(load_recipe("t2v-1.3b/lora", tokens), world_size=8) == [
+        "data.global_batch.multiple_of=4 is not a multiple of the 8 data ranks (8 processes / ulysses 1): some would "
+        "idle in every step; use 8"
+    ]
+    wrong = ["data.global_batch={}", "data.micro_batch={samples: 1, tokens: 5, multiple_of: 2}"]
+    assert [problem.split(":")[0] for problem in check(load_recipe("t2v-1.3b/lora", wrong))] == [
+        "data.global_batch needs samples or tokens, one of them",
+        "data.micro_batch needs samples or tokens, one of them",
+        "data.micro_batch.multiple_of has an effect only in data.global_batch with tokens",
+    ]
+
+
 def test_objective_keys_without_effect() -> None:
     recipe = load_recipe("t2v-1.3b/lora", ["objective={preset: diffsynth, shift: 3.0}"])
     assert check(recipe) == ["objective.shift has no effect with preset=diffsynth: remove one of them"]

@@ -175,8 +175,11 @@ def training_arguments(recipe: Recipe) -> dict[str, Any]:
     arguments = {
         **DEFAULTS,
         **recipe.training,
-        "global_batch": recipe.data.global_batch.samples,
-        "micro_batch": recipe.data.micro_batch.samples,
+        "global_batch": recipe.data.global_batch.samples or 1,
+        "global_batch_tokens": recipe.data.global_batch.tokens,
+        "batch_multiple_of": recipe.data.global_batch.multiple_of,
+        "micro_batch": recipe.data.micro_batch.samples or 1,
+        "micro_batch_tokens": recipe.data.micro_batch.tokens,
         "caption_dropout": recipe.data.caption_dropout,
         "face_dropout": recipe.data.face_dropout,
         "ulysses": recipe.parallel.ulysses,

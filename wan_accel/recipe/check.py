@@ -31,6 +31,7 @@ def check(
         return [str(error)]
     problems = _check_variant(recipe, variant)
     problems += _check_objective(recipe.objective)
+    problems += _check_batches(recipe)
     problems += _check_parallel(recipe, world_size, num_heads)
     for key, path in (("data.latents", recipe.data.latents), ("data.clips", recipe.data.clips)):
         if path is not None and "://" in path:
@@ -62,6 +63,16 @@ def _check_variant(recipe: Recipe, variant: Variant) -> list[str]:
         problems.append(
             f"data.face_dropout={recipe.data.face_dropout}: {variant.name} has no face input; remove the key"
         )
+    return problems
+
+
+def _check_batches(recipe: Recipe) -> list[str]:
+    problems = []
+    for name, batch in (("global_batch", recipe.data.global_batch), ("micro_batch", recipe.data.micro_batch)):
+        if (batch.samples is None) == (batch.tokens is None):
+            problems.append(f"data.{name} needs samples or tokens, one of them: write {{samples: N}} or {{tokens: N}}")
+        if batch.multiple_of > 1 and (batch.tokens is None or name == "micro_batch"):
+            problems.append(f"data.{name}.multiple_of has an effect only in data.global_batch with tokens: remove it")
     return problems
 
 
@@ -97,10 +108,11 @@ def _check_parallel(recipe: Recipe, world_size: int | None, num_heads: int | Non
             f"parallel.ulysses={ulysses} does not divide the {world_size} processes: start a multiple of {ulysses}"
         )
         return problems
-    data_ranks, samples = world_size // ulysses, recipe.data.global_batch.samples
+    data_ranks, batch = world_size // ulysses, recipe.data.global_batch
+    key, samples = ("multiple_of", batch.multiple_of) if batch.tokens else ("samples", batch.samples or 1)
     if samples % data_ranks:
         problems.append(
-            f"data.global_batch.samples={samples} is not a multiple of the {data_ranks} data ranks ({world_size} "
+            f"data.global_batch.{key}={samples} is not a multiple of the {data_ranks} data ranks ({world_size} "
             f"processes / ulysses {ulysses}): some would idle in every step; use {samples + -samples % data_ranks}"
         )
     return problems

@@ -36,11 +36,17 @@ class Method:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Samples:
-    """A number of samples."""
+class Batch:
+    """A number of samples, or a budget of tokens: then short and small clips come in larger batches.
+
+    multiple_of: under a budget, samples of a bucket are rounded down to a multiple of it; a multiple of the data ranks
+        keeps all of them busy.
+    """
 
     __pydantic_config__ = _STRICT
-    samples: Positive
+    samples: Positive | None = None
+    tokens: Positive | None = None
+    multiple_of: Positive = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,13 +59,13 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Data:
-    """Datasets and batches. `global_batch` is over all ranks, `micro_batch` what a rank runs at once."""
+    """Datasets and batches. `global_batch` is over all ranks, `micro_batch` what a rank runs at once; 1 sample each."""
 
     __pydantic_config__ = _STRICT
     latents: str
     clips: str | None = None
-    global_batch: Samples = field(default_factory=lambda: Samples(samples=1))
-    micro_batch: Samples = field(default_factory=lambda: Samples(samples=1))
+    global_batch: Batch = field(default_factory=lambda: Batch(samples=1))
+    micro_batch: Batch = field(default_factory=lambda: Batch(samples=1))
     caption_dropout: Probability = 0.0
     face_dropout: Probability = 0.0
     eval: Eval = field(default_factory=Eval)
