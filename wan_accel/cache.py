@@ -26,6 +26,7 @@ from wan_accel.models.checkpoint_files import check_encoder_files, condition_key
 from wan_accel.models.conditioning.clips import STORED, ClipEncoder
 from wan_accel.models.conditioning.text import NULL_PROMPTS, caption_id, encode_captions
 from wan_accel.models.encoders import load_text_encoder
+from wan_accel.models.hub import resolve_checkpoint
 from wan_accel.models.variants import TEXT_LENGTH, get_variant
 from wan_accel.recipe.check import check
 from wan_accel.recipe.commandline import log_on_main_rank, parse_overrides, recipe_parser
@@ -76,7 +77,7 @@ class Cache:
         # Without a GPU accelerate only starts processes' group if told so. Ranks finish far apart: wait a day.
         self.state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
         self.variant = get_variant(recipe.variant)
-        self.checkpoint = Path(recipe.model.checkpoint)
+        self.checkpoint = resolve_checkpoint(recipe.model.checkpoint, recipe.model.revision)
         self.root = Path(recipe.data.latents)
         self.known_variants = recipe.cache.known_variants
         self.clips = store.load(Path(recipe.data.clips), CLIPS_SCHEMA)

@@ -5,22 +5,20 @@ import logging
 import sys
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from wan_accel.assemble import launched_engine
-from wan_accel.export import lora_deltas
-from wan_accel.models.loading import CheckpointReader, MergedReader, default_expert, dit_folder
+from wan_accel.models.reader import CheckpointReader
 from wan_accel.models.variants import get_variant
 from wan_accel.recipe.commandline import parse_overrides, recipe_parser
 from wan_accel.recipe.load import load_recipe
-from wan_accel.recipe.schema import Recipe
+from wan_accel.recipe.schema import FusedLora, Recipe
 from wan_accel.train import build_trainer
+from wan_accel.weights import fuse, open_base
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the loss as one line of JSON; returns the exit code."""
     parser = recipe_parser("Print the fixed-noise loss of weights on a recipe's data as one line of JSON.")
-    parser.add_argument("--lora", type=Path, help="an exported LoRA, merged into the base weights")
+    parser.add_argument("--lora", type=Path, help="a LoRA of any layout, merged into the base weights")
     parser.add_argument("--output", type=Path, help="write the JSON to this file as well")
     arguments = parse_overrides(parser, argv)
     logging.basicConfig(level=logging.WARNING)
@@ -48,10 +46,12 @@ def evaluate(recipe: Recipe, lora: Path | None) -> dict[str, float]:
     if not recipe.validation.every_steps:
         raise ValueError("validation.every_steps is 0, so the recipe has no validation draws: set it, e.g. to 100")
     variant = get_variant(recipe.variant)
-    expert = recipe.model.expert or default_expert(variant)
-    folder = dit_folder(Path(recipe.model.checkpoint), variant, expert)
-    reader = MergedReader(folder, lora_deltas(load_file(lora))) if lora is not None else CheckpointReader(folder)
-    trainer = build_trainer(recipe, {expert: reader})
+    readers: dict[str, CheckpointReader] = {}
+    for row in variant.trained_experts(recipe.model.expert):
+        readers[row.name] = open_base(recipe.model, variant, row.name)
+        if lora is not None:
+            readers[row.name] = fuse(readers[row.name], FusedLora(path=str(lora)), variant, row.name)
+    trainer = build_trainer(recipe, readers)
     loss, zero_loss = trainer.fixed_losses(trainer.eval_draws)
     if not trainer.is_world_process_zero():
         return {}

@@ -19,7 +19,8 @@ from wan_accel.data.latents import LatentsDataset
 from wan_accel.lora import LoraSettings
 from wan_accel.metrics import write_run_state
 from wan_accel.models.checkpoint_files import condition_keys
-from wan_accel.models.loading import CheckpointReader, dit_folder
+from wan_accel.models.hub import resolve_checkpoint
+from wan_accel.models.loading import CheckpointReader
 from wan_accel.models.variants import Expert, get_variant
 from wan_accel.parallel.cpu import enable_fsdp_on_cpu
 from wan_accel.parallel.mesh import ParallelDims
@@ -30,6 +31,7 @@ from wan_accel.recipe.load import load_recipe, to_yaml
 from wan_accel.recipe.schema import Recipe
 from wan_accel.step_plan import SampleDraw, StepPlan, fixed_draws, split_groups
 from wan_accel.trainer import WanTrainer, default_plan
+from wan_accel.weights import open_weights
 
 logger = logging.getLogger("wan_accel")
 _VERSIONS = ("wan-accel", "torch", "accelerate", "deepspeed", "transformers", "datasets", "peft", "diffsynth")
@@ -80,13 +82,11 @@ def build_trainer(recipe: Recipe, readers: Mapping[str, CheckpointReader] | None
     variant = get_variant(recipe.variant)
     experts = variant.trained_experts(recipe.model.expert)
     source = LatentsDataset(Path(recipe.data.latents))
-    checkpoint_folder = Path(recipe.model.checkpoint)
-    readers = readers or {
-        expert.name: CheckpointReader(dit_folder(checkpoint_folder, variant, expert.name)) for expert in experts
-    }
+    applied = techniques(recipe, args.seed)
+    readers = readers or {expert.name: open_weights(recipe, expert.name, applied.lora) for expert in experts}
+    checkpoint_folder = resolve_checkpoint(recipe.model.checkpoint, recipe.model.revision)
     source.check_keys(condition_keys(variant, checkpoint_folder, known_variants=recipe.cache.known_variants))
     plan, eval_draws = plan_data(recipe, args, source, experts)
-    applied = techniques(recipe, args.seed)
     model = assemble_experts(
         variant,
         readers,

@@ -17,9 +17,9 @@ from wan_accel.models.dit import (
     build_dit,
     dit_size_from_shapes,
 )
+from wan_accel.models.errors import CheckpointError
 from wan_accel.models.layouts import DIFFUSERS_FOLDERS
 from wan_accel.models.reader import (
-    CheckpointError,
     CheckpointReader,
     compare_tensors,
     file_metadata,
@@ -52,6 +52,8 @@ def dit_folder(checkpoint: Path, variant: Variant, expert: str) -> Path:
         found = checkpoint / DIFFUSERS_FOLDERS[expert]
     else:
         found = checkpoint / row.folder
+    if not found.exists() and any(checkpoint.glob("*.safetensors")):
+        found = checkpoint  # the folder of one expert alone
     if not found.exists():
         raise CheckpointError(f"{checkpoint} has no {found.name}/: this is not a {variant.name} checkpoint")
     check_expert(found, variant, expert)
@@ -59,7 +61,7 @@ def dit_folder(checkpoint: Path, variant: Variant, expert: str) -> Path:
 
 
 def check_expert(path: Path, variant: Variant, expert: str) -> None:
-    """Compare the expert that is wanted with the one that a file names, in its metadata or in its file name.
+    """Compare the expert that is wanted with the one that a file or folder names, in its metadata or its own name.
 
     Shapes cannot tell the experts of a pair apart.
 
@@ -68,7 +70,7 @@ def check_expert(path: Path, variant: Variant, expert: str) -> None:
     """
     names = {row.name for row in variant.experts} - {"default"}
     said = file_metadata(path).get("expert", "")
-    if said not in names and path.is_file():
+    if said not in names:
         said = next((name for name in names if f"{name}_noise" in path.name), "")
     if said in names and said != expert:
         raise CheckpointError(

@@ -8,13 +8,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from wan_accel.models.errors import CheckpointError
 from wan_accel.models.layouts import Source, original_sources
 
 _SHOWN = 20
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: what, where, what to do."""
 
 
 class CheckpointReader:

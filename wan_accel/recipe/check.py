@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from wan_accel.models.hub import is_hub_id
 from wan_accel.models.variants import Variant, get_variant
 from wan_accel.parallel.degrees import usable_degrees
 from wan_accel.recipe.schema import Objective, Recipe
@@ -33,6 +34,11 @@ def check(
     problems += _check_objective(recipe.objective)
     problems += _check_batches(recipe)
     problems += _check_parallel(recipe, world_size, num_heads)
+    if recipe.model.revision is not None and not is_hub_id(recipe.model.checkpoint):
+        problems.append(
+            f"model.revision={recipe.model.revision} is of a hub id, and model.checkpoint={recipe.model.checkpoint} is "
+            "a local folder: remove the key"
+        )
     for key, path in (("data.latents", recipe.data.latents), ("data.clips", recipe.data.clips)):
         if path is not None and "://" in path:
             problems.append(

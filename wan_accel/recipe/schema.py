@@ -11,8 +11,20 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FusedLora:
+    """A LoRA that is added to the base weights, times `scale`, while they are read."""
+
+    __pydantic_config__ = _STRICT
+    path: str
+    scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
     """Where weights come from. `expert` is high or low for A14B pairs, or both to train the pair in one run.
+
+    `checkpoint` is a folder or file in the original, DiffSynth or diffusers layout, or a hub id; `revision` is of the
+    hub id.
 
     `torch_dtype` is that of the base weights in memory: bfloat16 halves a LoRA's frozen base; full training needs
     float32 masters.
@@ -20,19 +32,25 @@ class Model:
 
     __pydantic_config__ = _STRICT
     checkpoint: str
+    revision: str | None = None
     expert: Literal["high", "low", "both"] | None = None
     torch_dtype: Literal["float32", "bfloat16"] = "float32"
+    fuse_loras: list[FusedLora] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
-    """LoRA (names as in peft.LoraConfig) or full training."""
+    """LoRA (names as in peft.LoraConfig) or full training.
+
+    `init_from` is what training starts from: a LoRA file of any tool, or for full training a DiT in any layout.
+    """
 
     __pydantic_config__ = _STRICT
     kind: Literal["lora", "full"]
     r: Positive = 32
     lora_alpha: Annotated[float, Field(gt=0)] = 32.0
     target_modules: Literal["default"] | list[str] = "default"
+    init_from: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,239 @@
+"""Read a LoRA file of any tool: DiffSynth, ComfyUI, diffusers or peft, decided by its tensor names.
+
+Layouts (X is an original module name such as `blocks.0.self_attn.q`, Y its diffusers name):
+    diffsynth   X.lora_A.default.weight, X.lora_B.default.weight
+    comfyui     diffusion_model.X.lora_A.weight (or lora_down / lora_up, with X.alpha)
+    diffusers   transformer.Y.lora_A.weight, rank and alpha in the file's metadata where it has any
+    peft        adapter_model.safetensors with base_model.model.X.lora_A.weight; adapter_config.json with r, lora_alpha
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from wan_accel.lora import ADAPTER_NAME, LoraSettings
+from wan_accel.models.errors import CheckpointError
+from wan_accel.models.layouts import PREFIXES, is_original_module, original_module, without_prefix
+from wan_accel.models.reader import file_metadata, listed
+
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Key of diffusers' LoRA settings in a file's metadata (diffusers/loaders/lora_base.py, LORA_ADAPTER_METADATA_KEY).
+DIFFUSERS_METADATA = "lora_adapter_metadata"
+_LORA_PREFIXES = ("base_model.model.", "transformer_2.", "transformer.", *PREFIXES)
+_KEY = re.compile(
+    r"(?P<module>.+?)\."
+    r"(?:(?P<pair>lora_A|lora_B|lora_down|lora_up)(?:\.\w+)?\.weight|(?P<lone>alpha|diff|diff_b))"
+)
+_KINDS = {"lora_down": "lora_A", "lora_up": "lora_B"}
+_LEAVES = {"diff": "weight", "diff_b": "bias"}
+# Settings of peft that change what an adapter computes and that are not read; their neutral values.
+_PEFT_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False, None),
+    "use_rslora": (False, None),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "lora_bias": (False, None),
+    "bias": ("none", None),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraLayer:
+    """One layer's update: scale * up @ down, with down (r, in) and up (out, r)."""
+
+    down: Tensor
+    up: Tensor
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraFile:
+    """A LoRA by original module names.
+
+    differences: tensor name -> what is added to it as it is (some distillation LoRAs have biases so).
+    metadata: what the file says of itself.
+    """
+
+    path: Path
+    layers: dict[str, LoraLayer]
+    differences: dict[str, Tensor] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def deltas(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Weight name of the base -> (lora_A (r, in), lora_B (out, r) with the scale folded in)."""
+        return {f"{name}.weight": (layer.down, layer.up * layer.scale) for name, layer in self.layers.items()}
+
+
+def find_lora(path: Path, expert: str = "default") -> Path:
+    """The file, or the folder in peft's layout, that `path` means for an expert.
+
+    Raises:
+        CheckpointError: nothing is there, or several files of which none is named after the expert.
+    """
+    if path.is_file() or (path / PEFT_CONFIG).is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"LoRA {path} does not exist: give a .safetensors file or a folder of peft")
+    found = [entry for entry in sorted(path.iterdir()) if entry.suffix == ".safetensors" or entry.is_dir()]
+    if len(found) > 1:
+        found = [entry for entry in found if f"{expert}_noise" in entry.name]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{path} holds no LoRA of the expert {expert!r} alone: give one .safetensors file, or a pair whose names "
+            "have high_noise and low_noise"
+        )
+    return find_lora(found[0], expert)
+
+
+def read_lora(path: Path) -> LoraFile:
+    """Read a LoRA file, or a folder in peft's layout.
+
+    Raises:
+        CheckpointError: it is damaged, or not a LoRA in a layout that is known; every tensor that is not understood.
+    """
+    if (path / PEFT_CONFIG).is_file():
+        return _read_peft(path)
+    metadata = file_metadata(path)
+    settings = json.loads(metadata.get(DIFFUSERS_METADATA, "{}"))
+    rank, alpha = (settings.get(f"transformer.{key}") for key in ("r", "lora_alpha"))
+    _refuse_settings(path, {key.removeprefix("transformer."): value for key, value in settings.items()})
+    scale = alpha / rank if rank and alpha else 1.0
+    layers, differences = lora_layers(load_file(path), path, scale=scale)
+    return LoraFile(path=path, layers=layers, differences=differences, metadata=metadata)
+
+
+def _read_peft(folder: Path) -> LoraFile:
+    config = json.loads((folder / PEFT_CONFIG).read_text())
+    _refuse_settings(folder, config)
+    if not (folder / PEFT_FILE).is_file():
+        raise CheckpointError(f"{folder} has {PEFT_CONFIG} but no {PEFT_FILE}: copy the whole folder")
+    layers, differences = lora_layers(
+        load_file(folder / PEFT_FILE), folder, scale=config["lora_alpha"] / config["r"]
+    )
+    metadata = {"rank": str(config["r"]), "alpha": str(config["lora_alpha"]), **file_metadata(folder / PEFT_FILE)}
+    return LoraFile(path=folder, layers=layers, differences=differences, metadata=metadata)
+
+
+def _refuse_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    wrong = [f"{key}={settings[key]}" for key, neutral in _PEFT_NEUTRAL.items() if settings.get(key) not in neutral]
+    if wrong:
+        raise CheckpointError(f"{path} is a LoRA with {', '.join(wrong)}, which is not read: merge it with peft first")
+
+
+def lora_layers(
+    state: Mapping[str, Tensor], path: Path, *, scale: float = 1.0
+) -> tuple[dict[str, LoraLayer], dict[str, Tensor]]:
+    """Sort a file's tensors into layers and differences, under original names.
+
+    Args:
+        state: the tensors as they are named in the file.
+        path: for messages.
+        scale: alpha / r where the file has no alpha of its own.
+
+    Raises:
+        CheckpointError: no layer, or tensors that are not understood, all at once.
+    """
+    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    problems = []
+    for name, tensor in state.items():
+        match = _KEY.fullmatch(name)
+        if match is None:
+            problems.append(f"unknown {name} {tuple(tensor.shape)}")
+            continue
+        kind = match["pair"] or match["lone"]
+        found[_bare(match["module"])][_KINDS.get(kind, kind)] = tensor
+    parts: dict[str, dict[int, LoraLayer]] = defaultdict(dict)
+    differences: dict[str, Tensor] = {}
+    for module, pieces in found.items():
+        original, part = _original(module)
+        differences |= {f"{original}.{leaf}": pieces[kind] for kind, leaf in _LEAVES.items() if kind in pieces}
+        if "lora_A" in pieces and "lora_B" in pieces:
+            alpha = pieces.get("alpha")
+            factor = scale if alpha is None else float(alpha) / pieces["lora_A"].shape[0]
+            parts[original][part] = LoraLayer(down=pieces["lora_A"], up=pieces["lora_B"], scale=factor)
+        elif not pieces.keys() & _LEAVES.keys():
+            problems.append(f"{module} has only {' and '.join(pieces)}")
+    if problems or not (parts or differences):
+        raise CheckpointError(
+            f"{path} is not a LoRA in a layout that is read (diffsynth, comfyui, diffusers, peft): "
+            f"{len(problems)} of its {len(state)} tensors are not understood\n  {listed(problems)}"
+        )
+    layers = {module: _join([halves[part] for part in sorted(halves)]) for module, halves in parts.items()}
+    return layers, differences
+
+
+def _bare(module: str) -> str:
+    """A module's name without the names of what it was wrapped in."""
+    short = without_prefix(module, _LORA_PREFIXES)
+    return short if short == module else _bare(short)
+
+
+def _original(module: str) -> tuple[str, int]:
+    return (module, 0) if is_original_module(module) else original_module(module) or (module, 0)
+
+
+def _join(parts: list[LoraLayer]) -> LoraLayer:
+    """The adapter of a layer that diffusers splits by rows: one with their rows, or of the sum of their ranks."""
+    if len(parts) == 1:
+        return parts[0]
+    first, second = parts
+    if torch.equal(first.down, second.down) and first.scale == second.scale:
+        return LoraLayer(down=first.down, up=torch.cat([first.up, second.up]), scale=first.scale)
+    up = torch.block_diag(first.up * first.scale, second.up * second.scale)
+    return LoraLayer(down=torch.cat([first.down, second.down]), up=up)
+
+
+def starting_adapter(lora: LoraFile, settings: LoraSettings) -> dict[str, Tensor]:
+    """The adapter that a run starts from: names in the model -> fp32 values, at the recipe's rank and alpha.
+
+    An alpha that a file has folded into its tensors is taken out of them again.
+
+    Raises:
+        CheckpointError: rank or alpha is not the recipe's, or the file changes more than linear layers.
+    """
+    if lora.differences:
+        raise CheckpointError(
+            f"method.init_from={lora.path} changes {len(lora.differences)} tensors besides its LoRA layers, e.g. "
+            f"{next(iter(lora.differences))}: merge it into the base with model.fuse_loras instead"
+        )
+    ranks = sorted({layer.rank for layer in lora.layers.values()})
+    scales = {layer.scale for layer in lora.layers.values()}
+    if len(ranks) > 1 or len(scales) > 1:
+        raise CheckpointError(
+            f"method.init_from={lora.path} has layers of several ranks or scales ({ranks}): merge it with "
+            "model.fuse_loras instead"
+        )
+    rank, scale = ranks[0], next(iter(scales))
+    alpha = float(lora.metadata.get("alpha", scale * rank))
+    if rank != settings.r or alpha != settings.lora_alpha:
+        raise CheckpointError(
+            f"method.init_from={lora.path} has rank {rank} and alpha {alpha:g}, the recipe r={settings.r} and "
+            f"lora_alpha={settings.lora_alpha:g}: set method.r={rank} and method.lora_alpha={alpha:g}"
+        )
+    state = {}
+    for name, layer in lora.layers.items():
+        state[f"{name}.lora_A.{ADAPTER_NAME}.weight"] = layer.down.float()
+        state[f"{name}.lora_B.{ADAPTER_NAME}.weight"] = layer.up.float() * (scale / settings.scale)
+    return state
+
+
+def lora_deltas(state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Pair the tensors of a LoRA: weight name of the base -> (lora_A (r, in), lora_B (out, r)).
+
+    Raises:
+        CheckpointError: tensors that are not understood or have no partner.
+    """
+    layers, differences = lora_layers(state, Path("the LoRA"))
+    return LoraFile(path=Path(), layers=layers, differences=differences).deltas()

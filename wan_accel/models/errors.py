@@ -1,0 +1,5 @@
+"""What is raised for weights that cannot be used. Torch-free."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: what, where, what to do."""
