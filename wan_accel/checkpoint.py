@@ -183,9 +183,23 @@ def zero_folder(folder: Path, expert: str) -> Path:
     return folder / "zero" / expert
 
 
-def read_trained(folder: Path) -> dict[str, Tensor]:
-    """Read the trained tensors of any checkpoint whole, on one process; fp32 masters where the engine keeps them."""
+def read_trained(folder: Path, *, ema: bool = False) -> dict[str, Tensor]:
+    """Read the trained tensors of any checkpoint whole, on one process; fp32 masters where the engine keeps them.
+
+    Args:
+        folder: a complete checkpoint.
+        ema: read their moving averages instead.
+
+    Raises:
+        ValueError: no complete checkpoint, or one without a moving average.
+    """
     manifest = read_manifest(folder)
+    if ema:
+        if not (folder / "ema").is_dir():
+            raise ValueError(f"{folder} has no moving average of the weights (no ema/): export without --ema")
+        averages = {"ema": {name: torch.empty(shape) for name, shape in manifest.trained.items()}}
+        dcp.load(averages, checkpoint_id=str(folder / "ema"), no_dist=True)
+        return averages["ema"]
     if manifest.engine == "zero3":
         return _read_zero(folder, manifest)
     state = {"model": {name: torch.empty(shape) for name, shape in manifest.trained.items()}}

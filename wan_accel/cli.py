@@ -1,4 +1,4 @@
-"""The `wan-accel` command: recipes, check, init-tiny, export."""
+"""The `wan-accel` command: recipes, check, download, init-tiny, export."""
 
 import argparse
 import shutil
@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code, 2 for input that cannot be used."""
     parser = _parser()
     arguments, overrides = parser.parse_known_args(argv)
-    if overrides and arguments.run is not _check:
+    if overrides and arguments.run not in (_check, _download):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     arguments.overrides = overrides
     try:
@@ -46,6 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument("--num_processes", type=int, help="processes it will be launched with")
     checking.set_defaults(run=_check)
 
+    fetching = commands.add_parser("download", help="fetch the checkpoint files that a recipe (and overrides) needs")
+    fetching.add_argument("recipe")
+    fetching.add_argument("--output", type=Path, help="a folder; by default where model.checkpoint is looked for")
+    fetching.set_defaults(run=_download)
+
     tiny = commands.add_parser("init-tiny", help="write a tiny random checkpoint in the original layout")
     tiny.add_argument("variant")
     tiny.add_argument("output", type=Path)
@@ -54,9 +59,12 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="export a checkpoint of a run")
     export.add_argument("path", type=Path, help="a run's output_dir, or one of its checkpoints")
-    export.add_argument("--layout", help="diffsynth (LoRA) or original (full weights)")
-    export.add_argument("--output", type=Path)
+    export.add_argument("--layout", help="diffsynth, comfyui, diffusers or peft (LoRA); original (full weights)")
+    export.add_argument("--merge", action="store_true", help="write the base with the LoRA in it, as full weights")
+    export.add_argument("--ema", action="store_true", help="export the moving averages of the weights")
+    export.add_argument("--output", type=Path, help="a folder, or a .safetensors file for one expert's LoRA")
     export.add_argument("--dtype", choices=["float32", "bfloat16"])
+    export.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the export to this model repository too")
     export.set_defaults(run=_export)
     return parser
 
@@ -96,6 +104,13 @@ def _check(arguments: argparse.Namespace) -> int:
     return 2 if problems else 0
 
 
+def _download(arguments: argparse.Namespace) -> int:
+    from wan_accel.download import download
+
+    print(download(load_recipe(arguments.recipe, arguments.overrides), output=arguments.output))
+    return 0
+
+
 def _init_tiny(arguments: argparse.Namespace) -> int:
     from wan_accel.tiny import init_tiny
 
@@ -110,7 +125,10 @@ def _export(arguments: argparse.Namespace) -> int:
     from wan_accel.export import describe, export
 
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    path = export(arguments.path, layout=arguments.layout, output=arguments.output, dtype=dtype)
+    path = export(
+        arguments.path, layout=arguments.layout, output=arguments.output, dtype=dtype, merge=arguments.merge,
+        ema=arguments.ema, push_to_hub=arguments.push_to_hub,
+    )  # fmt: skip
     print(describe(path))
     return 0
 

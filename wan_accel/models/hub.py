@@ -33,7 +33,8 @@ def resolve_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(checkpoint, revision=revision, local_files_only=True))
+        # No patterns: a snapshot with only the files that a recipe needs is whole for us; readers say what it lacks.
+        return Path(snapshot_download(checkpoint, revision=revision, local_files_only=True, allow_patterns=[]))
     except LocalEntryNotFoundError:
         at = f" at revision {revision}" if revision else ""
         raise CheckpointError(

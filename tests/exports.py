@@ -1,0 +1,66 @@
+"""Checkpoints of runs as the trainer leaves them, of made-up tensors, and what their weights compute."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from wan_accel.checkpoint import MANIFEST, Manifest
+from wan_accel.models.denoiser import WanDenoiser
+from wan_accel.models.loading import load_wan
+
+RANK, ALPHA = 4, 8.0
+
+
+def lora_tensors(base: dict[str, Tensor], modules: list[str], seed: int = 0) -> dict[str, Tensor]:
+    """A trained LoRA by the names that it has in a model."""
+    generator = torch.Generator().manual_seed(seed)
+    trained = {}
+    for module in modules:
+        rows, columns = base[f"{module}.weight"].shape
+        for half, shape in (("A", (RANK, columns)), ("B", (rows, RANK))):
+            trained[f"{module}.lora_{half}.default.weight"] = torch.randn(shape, generator=generator) * 0.1
+    return trained
+
+
+def write_run(
+    run: Path,
+    base: Path,
+    variant: str,
+    trained: dict[str, Tensor],
+    *,
+    method: str = "lora",
+    expert: str = "default",
+    ema: dict[str, Tensor] | None = None,
+    recipe: str | None = None,
+) -> Path:
+    """Write `checkpoint-7` of a run; returns the run's folder."""
+    checkpoint = run / "checkpoint-7"
+    checkpoint.mkdir(parents=True)
+    dcp.save({"model": trained}, checkpoint_id=str(checkpoint / "model"), no_dist=True)
+    if ema is not None:
+        dcp.save({"ema": ema}, checkpoint_id=str(checkpoint / "ema"), no_dist=True)
+    manifest = Manifest(
+        engine="single", step=7, variant=variant, expert=expert, method=method, base=str(base),
+        lora={"r": RANK, "lora_alpha": ALPHA, "target_modules": []} if method == "lora" else None,
+        world_size=1, ulysses=1, trained={name: list(tensor.shape) for name, tensor in trained.items()},
+    )  # fmt: skip
+    (checkpoint / MANIFEST).write_text(json.dumps(asdict(manifest)))
+    if recipe is not None:
+        (run / "recipe.yaml").write_text(recipe)
+    return run
+
+
+def with_lora(
+    variant: str, base: Path, trained: dict[str, Tensor], *, expert: str | None = None, motion: bool = False
+) -> WanDenoiser:
+    """Our denoiser with W + alpha / r * B @ A in its weights."""
+    model = load_wan(variant, base, expert=expert, with_motion_encoder=motion)
+    for name, down in trained.items():
+        if ".lora_A." in name:
+            up = trained[name.replace(".lora_A.", ".lora_B.")]
+            model.get_parameter(f"{name.split('.lora_')[0]}.weight").data += ALPHA / RANK * up @ down
+    return model
