@@ -11,6 +11,8 @@ import xxhash
 from torch import Tensor
 
 from wan_accel.data.schema import LATENTS_SCHEMA
+from wan_accel.models.encoder_layouts import TOKENIZER, encoder_folder, read_diffusers_encoder
+from wan_accel.models.layouts import DIFFUSERS_FOLDERS
 from wan_accel.models.loading import MOTION_ENCODER, CheckpointError, CheckpointReader, dit_folder
 from wan_accel.models.variants import CLIP_FILE, TEXT_ENCODER_FILE, TOKENIZER_FOLDER, Variant
 
@@ -18,18 +20,62 @@ TOKENIZER_FILE = f"{TOKENIZER_FOLDER}/tokenizer.json"
 _IDENTITY_BLOCKS, _IDENTITY_BLOCK_BYTES = 64, 1 << 16
 _PURPOSES = {
     TEXT_ENCODER_FILE: "encodes captions",
+    "text_encoder/": "encodes captions",
     TOKENIZER_FILE: "splits captions into tokens",
+    f"{TOKENIZER}/": "splits captions into tokens",
     CLIP_FILE: "encodes reference pictures",
+    "image_encoder/": "encodes reference pictures",
 }
 
 
-def encoder_files(variant: Variant) -> dict[str, tuple[str, ...]]:
-    """Which files, relative to the checkpoint, each kind of condition is made with (faces: see `condition_keys`)."""
+def encoder_files(variant: Variant, checkpoint: Path | None = None) -> dict[str, tuple[str, ...]]:
+    """Which files, relative to the checkpoint, each kind of condition is made with (faces: see `condition_keys`).
+
+    Args:
+        variant: whose conditions.
+        checkpoint: to name the files of its layout; those of the original one by default.
+    """
+    if checkpoint is not None and is_diffusers(checkpoint):
+        return _diffusers_files(variant, checkpoint)
     vae = variant.vae.file
     files: dict[str, tuple[str, ...]] = {"text": (TEXT_ENCODER_FILE, TOKENIZER_FILE), "video": (vae,)}
     if variant.has_animate_adapter:
         files |= {"pose": (vae,), "known": (vae,), "reference": (vae, CLIP_FILE)}
     return files
+
+
+def is_diffusers(checkpoint: Path) -> bool:
+    """Whether a folder is a repository in the diffusers layout."""
+    return (checkpoint / DIFFUSERS_FOLDERS["default"]).is_dir()
+
+
+def tokenizer_folder(checkpoint: Path) -> Path:
+    return checkpoint / (TOKENIZER if is_diffusers(checkpoint) else TOKENIZER_FOLDER)
+
+
+def _diffusers_files(variant: Variant, checkpoint: Path) -> dict[str, tuple[str, ...]]:
+    """The same kinds as in the original layout; an encoder is every safetensors file of its folder."""
+
+    def names(file: str) -> tuple[str, ...]:
+        if file == TOKENIZER_FILE:
+            return (f"{TOKENIZER}/{Path(TOKENIZER_FILE).name}",)
+        folder = encoder_folder(checkpoint / file)
+        found = sorted(f"{folder.name}/{path.name}" for path in folder.glob("*.safetensors"))
+        return tuple(found) or (f"{folder.name}/*.safetensors",)
+
+    original = encoder_files(variant)
+    return {kind: tuple(name for file in files for name in names(file)) for kind, files in original.items()}
+
+
+def read_encoder(file: Path) -> dict[str, Tensor]:
+    """The tensors of one of Wan's own encoder files, or of the folder that a diffusers repository has in its place.
+
+    Raises:
+        CheckpointError: neither is there, or it is damaged.
+    """
+    if not file.exists() and is_diffusers(file.parent):
+        return read_diffusers_encoder(encoder_folder(file))
+    return read_pth(file)
 
 
 def check_encoder_files(checkpoint: Path, variant: Variant) -> None:
@@ -38,14 +84,14 @@ def check_encoder_files(checkpoint: Path, variant: Variant) -> None:
     Raises:
         CheckpointError: all files that are missing, or the first that is damaged; what each is for.
     """
-    names = sorted({name for files in encoder_files(variant).values() for name in files})
+    names = sorted({name for files in encoder_files(variant, checkpoint).values() for name in files})
     if variant.has_animate_adapter:
         CheckpointReader(dit_folder(checkpoint, variant, variant.experts[0].name))  # holds the motion encoder
     elif not checkpoint.is_dir():
         dit_folder(checkpoint, variant, variant.experts[0].name)  # says how to get a checkpoint
     missing = [name for name in names if not (checkpoint / name).is_file()]
     if missing:
-        listed = "; ".join(f"{name} ({_PURPOSES.get(name, 'encodes videos')})" for name in missing)
+        listed = "; ".join(f"{name} ({_purpose(name)})" for name in missing)
         raise CheckpointError(
             f"{checkpoint} does not have {listed}: download {variant.hub_id} there again, or set model.checkpoint to a "
             "whole checkpoint"
@@ -53,6 +99,12 @@ def check_encoder_files(checkpoint: Path, variant: Variant) -> None:
     for name in names:
         if name.endswith(".pth"):
             read_pth(checkpoint / name)
+    for folder in sorted({Path(name).parent for name in names if name.endswith(".safetensors")}):
+        CheckpointReader(checkpoint / folder)
+
+
+def _purpose(name: str) -> str:
+    return next((what for part, what in _PURPOSES.items() if name.startswith(part)), "encodes videos")
 
 
 def read_pth(path: Path) -> dict[str, Tensor]:
@@ -81,7 +133,7 @@ def condition_keys(variant: Variant, checkpoint: Path, *, known_variants: int) -
     (an exported DiT alone) is left out.
     """
     keys = {}
-    for kind, names in encoder_files(variant).items():
+    for kind, names in encoder_files(variant, checkpoint).items():
         paths = [checkpoint / name for name in names]
         if all(path.is_file() for path in paths):
             settings = {"known_variants": known_variants} if kind == "known" else {}

@@ -14,7 +14,7 @@ from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer, WanTex
 from diffsynth.models.wan_video_vae import VideoVAE_
 from torch import Tensor, nn
 
-from wan_accel.models.checkpoint_files import TOKENIZER_FILE, read_pth
+from wan_accel.models.checkpoint_files import TOKENIZER_FILE, read_encoder, tokenizer_folder
 from wan_accel.models.dit import Shapes, animate_size_from_shapes, build_animate_adapter
 from wan_accel.models.encoder_sizes import build_clip, build_text_encoder, build_vae21, build_vae22
 from wan_accel.models.loading import (
@@ -29,7 +29,6 @@ from wan_accel.models.variants import (
     CLIP_FILE,
     TEXT_ENCODER_FILE,
     TEXT_LENGTH,
-    TOKENIZER_FOLDER,
     Variant,
 )
 
@@ -144,9 +143,9 @@ def load_text_encoder(
     Raises:
         CheckpointError: a file is missing or damaged, or its tensors are not those of umT5.
     """
-    folder = checkpoint / TOKENIZER_FOLDER
-    if not (checkpoint / TOKENIZER_FILE).is_file():
-        raise CheckpointError(f"{folder} has no tokenizer.json: download {TOKENIZER_FOLDER}/ of the checkpoint again")
+    folder = tokenizer_folder(checkpoint)
+    if not (folder / Path(TOKENIZER_FILE).name).is_file():
+        raise CheckpointError(f"{folder} has no tokenizer.json: download {folder.relative_to(checkpoint)}/ of it again")
     model = _load(checkpoint / TEXT_ENCODER_FILE, build_text_encoder, torch_dtype, device)
     return TextEncoder(model, HuggingfaceTokenizer(str(folder), seq_len=TEXT_LENGTH, clean="whitespace"))
 
@@ -217,8 +216,8 @@ def _load(
     *,
     prefix: str = "",
 ) -> nn.Module:
-    """Build what the shapes of a .pth file describe, and fill it. Names without `prefix` are left alone."""
-    state = {name[len(prefix) :]: t for name, t in read_pth(path).items() if name.startswith(prefix)}
+    """Build what the shapes of a file describe, and fill it. Names without `prefix` are left alone."""
+    state = {name[len(prefix) :]: t for name, t in read_encoder(path).items() if name.startswith(prefix)}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     try:
         with torch.device("meta"):
