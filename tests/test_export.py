@@ -1,6 +1,7 @@
 """An export gives, in the tool that it is for, the outputs of the trained denoiser."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wan_accel import export_full
+from wan_accel import export_full, export_lora
 from wan_accel.cli import main
 from wan_accel.export import export
 from wan_accel.lora import LoraSettings, inject_lora
@@ -254,6 +255,25 @@ def test_what_cannot_be_exported(base: Path, run: Path, trained: dict[str, Tenso
     unknown = write_run(tmp_path / "odd", base, "t2v-1.3b", odd)
     with pytest.raises(ValueError, match=r"layout diffusers has no names for 1 of 21 layers, e\.g\. pose\.x"):
         export(unknown, layout="diffusers", output=tmp_path / "x.safetensors")
+
+
+def test_a_tool_that_is_not_installed_is_said_not_needed(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)  # importing it fails now
+    with caplog.at_level("INFO"):
+        export(run, layout="diffusers", output=tmp_path / "x.safetensors")
+    assert "diffusers is not installed here, so it was not asked" in caplog.text
+    assert "diffusers is not installed here" in (tmp_path / "x.md").read_text()
+
+
+def test_a_file_that_a_tool_misreads_is_no_export(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(export_lora._NAMES, "diffsynth", "pipe.dit.{module}.lora_{half}.default.weight")
+    with pytest.raises(RuntimeError, match=r"diffsynth's loader does not fuse blocks\.0\.self_attn\.q as trained"):
+        export(run, layout="diffsynth", output=tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_writes_into_the_run(run: Path, capsys: pytest.CaptureFixture) -> None:

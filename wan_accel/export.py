@@ -106,10 +106,13 @@ def export(
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    name = output.name if as_file else None
-    read_by = _write(job, temporary, name)
-    if push_to_hub is not None:
-        logger.info("%s: uploaded to %s", output, push(temporary, push_to_hub))
+    try:
+        read_by = _write(job, temporary, output.name if as_file else None)
+        if push_to_hub is not None:
+            logger.info("%s: uploaded to %s", output, push(temporary, push_to_hub))
+    except BaseException:
+        shutil.rmtree(temporary)  # nothing that looks like an export stays
+        raise
     if as_file:
         (temporary / output.name).rename(output)
         (temporary / CARD).rename(output.with_suffix(".md"))
@@ -202,7 +205,9 @@ def _base(job: Export, expert: str) -> CheckpointReader:
     """The weights that an expert was trained on: the checkpoint with what the recipe put over and into it."""
     recipe = job.recipe
     model = replace(recipe.model, checkpoint=job.manifest.base) if recipe else Model(checkpoint=job.manifest.base)
-    start = recipe.method.init_from if recipe is not None and job.manifest.method == "full" else None
+    # A full run's own tensors replace the base's, all but the motion encoder, which init_from may have brought.
+    is_over = job.manifest.method == "full" and job.variant.has_animate_adapter
+    start = recipe.method.init_from if recipe is not None and is_over else None
     return open_base(model, job.variant, expert, start=None if start is None else Path(start))
 
 
