@@ -1,14 +1,19 @@
 """The encoders of a diffusers repository give the outputs of diffusers' and transformers' own classes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from diffsynth.models.wan_video_image_encoder import clip_xlm_roberta_vit_h_14
+from diffsynth.models.wan_video_text_encoder import WanTextEncoder
+from diffsynth.models.wan_video_vae import VideoVAE38_, VideoVAE_
 from diffusers import AutoencoderKLWan
 from diffusers_wan import randomise, save_repository
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection, UMT5Config, UMT5EncoderModel
 
+from wan_accel.models import encoder_layouts
 from wan_accel.models.checkpoint_files import check_encoder_files, condition_keys, encoder_files
 from wan_accel.models.encoders import (
     CLIP_MEAN,
@@ -105,6 +110,43 @@ def test_clip(tmp_path: Path, with_projection: bool) -> None:
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     expected = theirs((image * 0.5 + 0.5 - mean) / std, output_hidden_states=True).hidden_states[-2]
     torch.testing.assert_close(load_clip(tmp_path).encode(image), expected, **TOLERANCE)
+
+
+def released_vae22() -> AutoencoderKLWan:
+    return AutoencoderKLWan(
+        base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2,
+        scale_factor_spatial=16, temperal_downsample=[False, True, True],
+    )  # fmt: skip
+
+
+def released_text() -> UMT5EncoderModel:
+    return UMT5EncoderModel(
+        UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+                   feed_forward_proj="gated-gelu")
+    )  # fmt: skip
+
+
+def released_clip() -> CLIPVisionModel:
+    return CLIPVisionModelWithProjection(
+        CLIPVisionConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
+                         patch_size=14, image_size=224, projection_dim=1024)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("theirs", "rename", "ours", "prefix"),
+    [
+        (AutoencoderKLWan, encoder_layouts._vae, VideoVAE_, ""),
+        (released_vae22, encoder_layouts._vae, VideoVAE38_, ""),
+        (released_text, encoder_layouts._text_encoder, WanTextEncoder, ""),
+        (released_clip, encoder_layouts._clip, lambda: clip_xlm_roberta_vit_h_14().visual, "visual."),
+    ],
+)
+def test_released_sizes_are_all_mapped(theirs: Callable, rename: Callable, ours: Callable, prefix: str) -> None:
+    with torch.device("meta"):
+        found = rename(dict(theirs().state_dict()))
+        expected = {prefix + name: tensor.shape for name, tensor in ours().state_dict().items()}
+    assert {name: tensor.shape for name, tensor in found.items()} == expected
 
 
 def test_files_are_those_of_the_repository(repository: Path) -> None:

@@ -3,16 +3,22 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from checkpoints import tiny_state, write_checkpoint
+from diffusers import WanAnimateTransformer3DModel, WanTransformer3DModel
 from diffusers_wan import animate_inputs, diffusers_output, save_repository, wan_inputs
 from safetensors.torch import load_file, save_file
 
-from wan_accel.models.layouts import diffusers_modules, original_module
+from wan_accel.models.denoiser import WanDenoiser
+from wan_accel.models.diffusers_size import diffusers_arguments
+from wan_accel.models.dit import AnimateSize, build_animate_adapter, build_dit
+from wan_accel.models.errors import CheckpointError
+from wan_accel.models.layouts import diffusers_modules, original_module, original_sources
 from wan_accel.models.loading import build_denoiser, dit_folder, load_wan
-from wan_accel.models.reader import CheckpointError, CheckpointReader
+from wan_accel.models.reader import CheckpointReader, is_constant
 from wan_accel.models.variants import get_variant
 
 # Both compute in fp32, in another order of operations.
@@ -126,6 +132,41 @@ def test_the_other_expert_is_refused(tmp_path: Path) -> None:
     assert dit_folder(lone, variant, "low") == lone
     with pytest.raises(CheckpointError, match=r"set model.expert=low"):
         dit_folder(lone, variant, "high")
+
+
+# What the released diffusers repositories have in their config.json beside the defaults.
+RELEASED = {
+    "t2v-a14b": {},
+    "i2v-a14b": {"in_channels": 36},
+    "ti2v-5b": {
+        "num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48,
+    },
+    "t2v-1.3b": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    "animate-14b": {"added_kv_proj_dim": 5120},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_sizes_are_all_mapped(name: str) -> None:
+    variant = get_variant(name)
+    adapter = None
+    with torch.device("meta"):
+        if variant.has_animate_adapter:
+            theirs: torch.nn.Module = WanAnimateTransformer3DModel(**RELEASED[name])
+            adapter = build_animate_adapter(AnimateSize(dim=5120, num_heads=40, num_face_blocks=8))
+        else:
+            theirs = WanTransformer3DModel(**RELEASED[name])
+        ours = WanDenoiser(build_dit(variant.dit), adapter, with_motion_encoder=adapter is not None)
+    found = original_sources({key: tuple(tensor.shape) for key, tensor in theirs.state_dict().items()})
+    wanted = {key: tuple(parameter.shape) for key, parameter in ours.named_parameters() if not is_constant(key)}
+    assert {key: source.shape for key, source in found.items()} == wanted
+    kind, arguments = diffusers_arguments(variant, SimpleNamespace(shapes=wanted, num_heads=None))  # type: ignore[arg-type]
+    assert kind == type(theirs).__name__
+    with torch.device("meta"):
+        again = type(theirs)(**arguments).state_dict()
+    assert {key: tensor.shape for key, tensor in again.items()} == {
+        key: tensor.shape for key, tensor in theirs.state_dict().items()
+    }
 
 
 def test_every_module_goes_there_and_back() -> None:
