@@ -23,7 +23,8 @@ from wan_accel import export_full, export_lora
 from wan_accel.cli import main
 from wan_accel.export import export
 from wan_accel.lora import LoraSettings, inject_lora
-from wan_accel.lora_files import read_lora, starting_adapter
+from wan_accel.lora_files import read_lora
+from wan_accel.lora_start import starting_adapter
 from wan_accel.models.denoiser import WanDenoiser
 from wan_accel.models.dit import build_dit, dit_size_from_shapes
 from wan_accel.models.loading import load_wan

@@ -15,7 +15,8 @@ from hub_state import Hub
 from local_hub import hub_of_this_process
 
 from wan_accel.cli import main
-from wan_accel.download import HubError, download, needed_files
+from wan_accel.download import download, needed_files
+from wan_accel.hub import HubError
 from wan_accel.models.hub import is_hub_id, resolve_checkpoint
 from wan_accel.models.loading import load_wan
 from wan_accel.models.variants import get_variant
@@ -150,3 +151,19 @@ def test_an_export_is_pushed_with_its_card(hub: Hub, tmp_path: Path) -> None:
     files = repository.commits[repository.branches["main"]]
     assert files["x.safetensors"] == out.read_bytes()
     assert files["README.md"] == out.with_suffix(".md").read_bytes()
+    assert main(["export", str(run), "--layout", "peft", "--push-to-hub", "me/folder"]) == 0
+    repository = hub.repositories["models", "me/folder"]
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= repository.commits[
+        repository.branches["main"]
+    ].keys()
+
+
+def test_an_export_outlives_an_upload_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    base = write_checkpoint(tmp_path / "base", "t2v-1.3b")
+    run = write_run(tmp_path / "run", base, "t2v-1.3b", lora_tensors(tiny_state("t2v-1.3b"), ["blocks.0.ffn.0"]))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["export", str(run), "--output", str(tmp_path / "x"), "--push-to-hub", "me/lora"]) == 2
+    assert "x is written, but me/lora at" in capsys.readouterr().err
+    assert (tmp_path / "x" / "README.md").is_file()

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wan_accel.lora import LoraSettings
-from wan_accel.lora_files import DIFFUSERS_METADATA, find_lora, read_lora, starting_adapter
+from wan_accel.lora_files import DIFFUSERS_METADATA, find_lora, read_lora
+from wan_accel.lora_start import starting_adapter
 from wan_accel.models.errors import CheckpointError
 
 RANK = 4

@@ -2,44 +2,16 @@
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
+from wan_accel.hub import HubError, reaching_hub
 from wan_accel.models.hub import is_hub_id
 from wan_accel.models.layouts import DIFFUSERS_FOLDERS
 from wan_accel.models.variants import TOKENIZER_FOLDER, Expert, Variant, get_variant
 from wan_accel.recipe.schema import Recipe
 
 _DIT_FILE = r"(config\.json|diffusion_pytorch_model[^/]*\.(safetensors|json))"
-
-
-class HubError(ValueError):
-    """What a hub would not do: what was asked, what it answered, what to do."""
-
-
-@contextmanager
-def reaching_hub(what: str) -> Iterator[None]:
-    """Turn every way in which a hub can fail into one sentence; errors of the local disk pass.
-
-    Raises:
-        HubError: the hub refuses, does not answer, or must not be asked.
-    """
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    # The base class of all errors of httpx or httpx2, whichever the installed version uses.
-    transport_error: type[Exception] = HfHubHTTPError.__mro__[1]
-    try:
-        yield
-    except HfHubHTTPError as error:
-        raise HubError(f"{what} ({_reason(error)}); HF_TOKEN says who asks") from error
-    except (transport_error, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise HubError(f"{what} ({_reason(error)}); HF_ENDPOINT names another hub") from error
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip(" .") for line in str(error).splitlines() if line.strip()]
-    return ". ".join(lines[:2]) or type(error).__name__
 
 
 def download(recipe: Recipe, *, output: Path | None = None) -> Path:

@@ -1,66 +1,33 @@
 """Leave a run: a LoRA or full weights in the layouts that other tools read, loaded back before it is called done."""
 
-import hashlib
 import json
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from wan_accel.checkpoint import Manifest, last_checkpoint, read_manifest, read_trained
+from wan_accel.checkpoint import last_checkpoint, read_trained
 from wan_accel.export_check import read_back
 from wan_accel.export_full import full_names, write_full
-from wan_accel.export_lora import LORA_LAYOUTS, folded, write_lora, write_peft
+from wan_accel.export_lora import folded, write_lora, write_peft
+from wan_accel.export_plan import Export, default_output, metadata, plan_export
+from wan_accel.hub import CARD, card_of, push
 from wan_accel.lora_files import lora_deltas as lora_deltas
 from wan_accel.lora_files import lora_layers
 from wan_accel.model_card import CardFile, model_card
-from wan_accel.models.reader import CheckpointReader, MergedReader
-from wan_accel.models.variants import BOTH, Variant, get_variant
-from wan_accel.recipe.load import load_recipe
-from wan_accel.recipe.schema import Model, Recipe
+from wan_accel.models.derived_readers import MergedReader
+from wan_accel.models.reader import CheckpointReader
+from wan_accel.models.variants import BOTH
+from wan_accel.recipe.schema import Model
 from wan_accel.weights import open_base
 
 logger = logging.getLogger(__name__)
 
-LAYOUTS = {"lora": LORA_LAYOUTS, "full": ("original",)}
-CARD = "README.md"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Export:
-    """One export: what is read, and how it is written.
-
-    recipe: the run's, None where its recipe.yaml is gone.
-    recipe_hash: first 16 digits of the sha256 of recipe.yaml.
-    """
-
-    checkpoint: Path
-    manifest: Manifest
-    recipe: Recipe | None
-    recipe_hash: str
-    layout: str
-    dtype: torch.dtype | None
-    merge: bool
-    ema: bool
-
-    @property
-    def variant(self) -> Variant:
-        return get_variant(self.manifest.variant)
-
-    @property
-    def is_full(self) -> bool:
-        return self.layout == "original"
-
-    def stem(self, expert: str) -> str:
-        """`<variant>[_high_noise]-step<N>[-ema]-lora[-<layout>]`, or `-merged`; `both` names the pair."""
-        pair = "" if expert in ("default", BOTH) else f"_{expert}_noise"
-        kind = {(True, True): "-merged", (True, False): "", (False, False): "-lora"}[self.is_full, self.merge]
-        layout = "" if self.layout in ("original", "diffsynth") else f"-{self.layout}"
-        return f"{self.manifest.variant}{pair}-step{self.manifest.step}{'-ema' * self.ema}{kind}{layout}"
+FILE = ".safetensors"
 
 
 def export(
@@ -95,79 +62,42 @@ def export(
     checkpoint = path if (path / "manifest.json").is_file() else last_checkpoint(path)
     if checkpoint is None:
         raise ValueError(f"{path} holds no complete checkpoint: give a run's output_dir or a checkpoint-N folder")
-    job = _plan(checkpoint, layout, dtype, merge, ema)
+    job = plan_export(checkpoint, layout, dtype, merge, ema)
     output = output or default_output(job)
-    as_file = output.suffix == ".safetensors"
-    if as_file and (job.is_full or job.layout == "peft" or job.manifest.expert == BOTH):
+    _check_output(job, output)
+    read_by = _write_in_place(job, output)
+    logger.info("%s: read back by %s", output, read_by)
+    if push_to_hub is not None:
+        logger.info("%s: uploaded to %s", output, push(output, push_to_hub))
+    return output
+
+
+def _check_output(job: Export, output: Path) -> None:
+    is_file = output.suffix == FILE
+    if is_file and (job.is_full or job.layout == "peft" or job.manifest.expert == BOTH):
         raise ValueError(f"{output}: this export is a folder, give --output a folder's name")
-    for written in (output, output.with_suffix(".md")) if as_file else (output,):
+    for written in (output, card_of(output)) if is_file else (output,):
         if written.exists():
             raise ValueError(f"{written} exists: remove it or choose another --output")
+
+
+def _write_in_place(job: Export, output: Path) -> str:
+    """Write into a folder beside and rename it, or take the file and the card out of it, when all is read back."""
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        read_by = _write(job, temporary, output.name if as_file else None)
-        if push_to_hub is not None:
-            logger.info("%s: uploaded to %s", output, push(temporary, push_to_hub))
+        read_by = _write(job, temporary, output.name if output.suffix == FILE else None)
     except BaseException:
         shutil.rmtree(temporary)  # nothing that looks like an export stays
         raise
-    if as_file:
+    if output.suffix == FILE:
         (temporary / output.name).rename(output)
-        (temporary / CARD).rename(output.with_suffix(".md"))
+        (temporary / CARD).rename(card_of(output))
         temporary.rmdir()
     else:
         temporary.rename(output)
-    logger.info("%s: read back by %s", output, read_by)
-    return output
-
-
-def _plan(checkpoint: Path, layout: str | None, dtype: torch.dtype | None, merge: bool, ema: bool) -> Export:
-    manifest = read_manifest(checkpoint)
-    if merge and manifest.method != "lora":
-        raise ValueError(f"--merge adds a LoRA to its base, {checkpoint} holds full weights already: leave it out")
-    layouts = LAYOUTS["full" if merge else manifest.method]
-    if (layout or layouts[0]) not in layouts:
-        hint = "; with --merge a LoRA becomes full weights" if layout == "original" else ""
-        kind = "merged" if merge else manifest.method
-        raise ValueError(f"layout {layout!r} does not fit a {kind} checkpoint: use {', '.join(layouts)}{hint}")
-    place = next((folder for folder in (checkpoint, checkpoint.parent) if (folder / "recipe.yaml").is_file()), None)
-    content = (place / "recipe.yaml").read_bytes() if place is not None else None
-    return Export(
-        checkpoint=checkpoint,
-        manifest=manifest,
-        recipe=None if place is None else load_recipe(str(place / "recipe.yaml")),
-        recipe_hash="" if content is None else hashlib.sha256(content).hexdigest()[:16],
-        layout=layout or layouts[0],
-        dtype=dtype,
-        merge=merge,
-        ema=ema,
-    )
-
-
-def default_output(job: Export) -> Path:
-    """`<run>/export/<name>`, a folder."""
-    return job.checkpoint.parent / "export" / job.stem(job.manifest.expert)
-
-
-def metadata(job: Export, expert: str) -> dict[str, str]:
-    """What an exported file says of itself."""
-    manifest = job.manifest
-    fields = {
-        "format": "pt",
-        "variant": manifest.variant,
-        "expert": expert,
-        "base": manifest.base,
-        "method": "lora merged into the base" if job.merge else manifest.method,
-        "step": str(manifest.step),
-        "ema": str(job.ema).lower(),
-        "recipe": job.recipe_hash,
-        "made_by": "wan-accel",
-    }
-    if manifest.lora is not None:
-        fields |= {"rank": str(manifest.lora["r"]), "alpha": str(manifest.lora["lora_alpha"])}
-    return fields
+    return read_by
 
 
 def trained_by_expert(trained: dict[str, Tensor], expert: str) -> dict[str, dict[str, Tensor]]:
@@ -257,23 +187,6 @@ def _write_full(
     )
     logger.info("%s: %d tensors, read back equal", folder / place, count)
     return CardFile(name=place or "the folder", expert=expert), "diffsynth's modules, tensor by tensor"
-
-
-def push(folder: Path, repo_id: str) -> str:
-    """Upload an export to a model repository, which is made if need be; returns its address.
-
-    Raises:
-        ValueError: the hub refuses or cannot be reached.
-    """
-    from huggingface_hub import HfApi
-
-    from wan_accel.download import reaching_hub
-
-    api = HfApi()
-    with reaching_hub(f"{repo_id} at {api.endpoint} cannot be pushed to"):
-        api.create_repo(repo_id, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Add an export of wan-accel")
-    return f"{api.endpoint}/{repo_id}"
 
 
 def describe(path: Path) -> str:

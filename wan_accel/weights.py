@@ -4,12 +4,14 @@ import logging
 from pathlib import Path
 
 from wan_accel.lora import LoraSettings
-from wan_accel.lora_files import find_lora, read_lora, starting_adapter
+from wan_accel.lora_files import find_lora, read_lora
+from wan_accel.lora_start import starting_adapter
+from wan_accel.models.derived_readers import MergedReader, OverlaidReader
 from wan_accel.models.dit import ADAPTER_PREFIXES
 from wan_accel.models.errors import CheckpointError
 from wan_accel.models.hub import resolve_checkpoint
 from wan_accel.models.loading import MOTION_ENCODER, check_expert, dit_folder
-from wan_accel.models.reader import CheckpointReader, MergedReader, OverlaidReader
+from wan_accel.models.reader import CheckpointReader
 from wan_accel.models.variants import Variant, get_variant
 from wan_accel.recipe.schema import FusedLora, Model, Recipe
 

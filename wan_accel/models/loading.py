@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from wan_accel.lora import base_name, initial_lora_value, is_lora
 from wan_accel.models.denoiser import WanDenoiser
+from wan_accel.models.derived_readers import MergedReader as MergedReader
 from wan_accel.models.dit import (
     animate_size_from_shapes,
     build_animate_adapter,
@@ -27,7 +28,6 @@ from wan_accel.models.reader import (
     listed,
     tensor_problems,
 )
-from wan_accel.models.reader import MergedReader as MergedReader
 from wan_accel.models.variants import Variant, get_variant
 
 # Only names that hold these parts belong to the motion encoder, which a denoiser may leave out.

@@ -1,0 +1,98 @@
+"""Readers over another reader: a LoRA added to what is read, whole parts replaced."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from wan_accel.models.errors import CheckpointError
+from wan_accel.models.reader import CheckpointReader
+
+
+class DerivedReader(CheckpointReader):
+    """A reader over another one, for readers that change what is read."""
+
+    def __init__(self, inner: CheckpointReader) -> None:
+        self.inner = inner
+        self.folder = inner.folder
+        self.shapes = dict(inner.shapes)
+        self.adapter = inner.adapter
+
+    @property
+    def num_heads(self) -> int | None:
+        return self.inner.num_heads
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        return self.inner.read(name, rows)
+
+
+class MergedReader(DerivedReader):
+    """A checkpoint with a LoRA added to its weights while they are read: W + scale * lora_B @ lora_A, in fp32.
+
+    Args:
+        source: the base checkpoint, or its reader.
+        deltas: weight name -> (lora_A (r, in), lora_B (out, r)), see `wan_accel.lora_files`.
+        scale: factor of the update.
+        differences: tensor name -> what is added to it besides, times `scale`.
+
+    Raises:
+        CheckpointError: the LoRA is for another model: weights that the base does not have, or of another shape.
+    """
+
+    def __init__(
+        self,
+        source: Path | CheckpointReader,
+        deltas: Mapping[str, tuple[Tensor, Tensor]],
+        scale: float = 1.0,
+        *,
+        differences: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(source if isinstance(source, CheckpointReader) else CheckpointReader(source))
+        shapes: dict[str, tuple[int, ...]] = {}
+        shapes |= {name: (up.shape[0], down.shape[1]) for name, (down, up) in deltas.items()}
+        shapes |= {name: tuple(tensor.shape) for name, tensor in (differences or {}).items()}
+        wrong = [name for name, shape in shapes.items() if self.shapes.get(name) != shape]
+        if wrong:
+            raise CheckpointError(
+                f"{len(wrong)} of {len(shapes)} LoRA layers do not fit {self.folder}, e.g. {wrong[0]}: it is for "
+                "another one"
+            )
+        self.deltas = deltas
+        self.scale = scale
+        self.differences = differences or {}
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        weight = self.inner.read(name, rows)
+        if name in self.deltas:
+            down, up = (tensor.float() for tensor in self.deltas[name])
+            weight = weight.float() + self.scale * ((up if rows is None else up[rows]) @ down)
+        if name in self.differences:
+            difference = self.differences[name].float()
+            weight = weight.float() + self.scale * (difference if rows is None else difference[rows])
+        return weight
+
+
+class OverlaidReader(DerivedReader):
+    """A checkpoint of which another file replaces whole parts: the DiT, the Animate adapter, or both.
+
+    Args:
+        inner: the checkpoint, which also says the number of heads.
+        top: the file; a part that it touches it must hold completely, which the comparison with a model shows.
+        parts: the prefixes of tensor names that make up each part; what has none of them is the DiT's.
+    """
+
+    def __init__(self, inner: CheckpointReader, top: CheckpointReader, parts: Sequence[tuple[str, ...]]) -> None:
+        super().__init__(inner)
+        self.top = top
+
+        def part(name: str) -> int:
+            return next((index for index, prefixes in enumerate(parts) if name.startswith(prefixes)), -1)
+
+        replaced = {part(name) for name in top.shapes}
+        self.replaced_parts = replaced
+        self.folder = top.folder
+        self.shapes = {name: shape for name, shape in inner.shapes.items() if part(name) not in replaced}
+        self.shapes |= top.shapes
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        return (self.top if name in self.top.shapes else self.inner).read(name, rows)
