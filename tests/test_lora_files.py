@@ -115,6 +115,9 @@ def test_peft_settings_that_are_not_read_are_refused(tmp_path: Path) -> None:
     (path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "use_dora": True}))
     with pytest.raises(CheckpointError, match="use_dora=True, which is not read"):
         read_lora(path)
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
+    with pytest.raises(CheckpointError, match="has no r and lora_alpha"):
+        read_lora(path)
 
 
 def test_a_pair_is_told_apart_by_its_names(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from wan_accel.models.reader import CheckpointReader
 from wan_accel.models.variants import get_variant
 from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.recipe.schema import Data, FusedLora, Method, Model, Recipe
-from wan_accel.weights import open_weights
+from wan_accel.weights import fuse, open_weights
 
 LORA = LoraSettings(r=4, lora_alpha=8.0)
 LAYERS = ["blocks.0.self_attn.q", "blocks.1.self_attn.q"]
@@ -132,9 +132,6 @@ def test_a_lora_of_another_model_is_not_fused(base: Path, tmp_path: Path) -> Non
     lora_file(tmp_path / "x.safetensors", layers=["blocks.9.self_attn.q"])
     with pytest.raises(CheckpointError, match=r"1 of 1 LoRA layers do not fit .*blocks\.9\.self_attn\.q\.weight"):
         open_weights(recipe(base, fuse_loras=[FusedLora(path=str(tmp_path))]), "default", None)
-    save_file({"a.diff_b": torch.ones(1)}, tmp_path / "x.safetensors", metadata={"variant": "animate-14b"})
-    with pytest.raises(CheckpointError, match=r"is a LoRA of animate-14b, the recipe trains t2v-1\.3b"):
-        open_weights(recipe(base, fuse_loras=[FusedLora(path=str(tmp_path))]), "default", None)
 
 
 def test_what_does_not_exist_is_named(base: Path, tmp_path: Path) -> None:
@@ -144,3 +141,20 @@ def test_what_does_not_exist_is_named(base: Path, tmp_path: Path) -> None:
         open_weights(recipe(base, init_from=tmp_path / "none"), "default", LORA)
     with pytest.raises(CheckpointError, match=r"nobody/nothing is neither a local .*wan-accel download"):
         open_weights(recipe(Path("nobody/nothing")), "default", None)
+
+
+def test_the_other_experts_lora_is_refused(base: Path, tmp_path: Path) -> None:
+    variant = get_variant("t2v-a14b")
+    save_file({"blocks.0.ffn.0.diff_b": torch.ones(128)}, tmp_path / "x_low_noise.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds the low-noise expert of t2v-a14b, model\.expert=high was asked"):
+        fuse(CheckpointReader(base), FusedLora(path=str(tmp_path / "x_low_noise.safetensors")), variant, "high")
+
+
+def test_full_weights_are_no_lora_and_a_lora_no_full_weights(base: Path, tmp_path: Path) -> None:
+    state = {name: tensor.contiguous() for name, tensor in tiny_state("t2v-1.3b").items()}
+    save_file(state, tmp_path / "full.safetensors")
+    with pytest.raises(CheckpointError, match=r"is no LoRA: none of its 69 tensors .* with method\.kind=full"):
+        open_weights(recipe(base, init_from=tmp_path / "full.safetensors"), "default", LORA)
+    lora_file(tmp_path / "lora.safetensors")
+    with pytest.raises(CheckpointError, match=r"is a LoRA: .* with model\.fuse_loras, or set"):
+        started(recipe(base, init_from=tmp_path / "lora.safetensors"))

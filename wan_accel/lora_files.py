@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from wan_accel.models.errors import CheckpointError
 from wan_accel.models.layouts import PREFIXES, is_original_module, original_module, without_prefix
-from wan_accel.models.reader import file_metadata, listed
+from wan_accel.models.reader import file_metadata, listed, open_safetensors
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Key of diffusers' LoRA settings in a file's metadata (diffusers/loaders/lora_base.py, LORA_ADAPTER_METADATA_KEY).
@@ -109,20 +108,33 @@ def read_lora(path: Path) -> LoraFile:
     rank, alpha = (settings.get(f"transformer.{key}") for key in ("r", "lora_alpha"))
     _refuse_settings(path, {key.removeprefix("transformer."): value for key, value in settings.items()})
     scale = alpha / rank if rank and alpha else 1.0
-    layers, differences = lora_layers(load_file(path), path, scale=scale)
+    layers, differences = lora_layers(_tensors(path), path, scale=scale)
     return LoraFile(path=path, layers=layers, differences=differences, metadata=metadata)
 
 
 def _read_peft(folder: Path) -> LoraFile:
     config = json.loads((folder / PEFT_CONFIG).read_text())
     _refuse_settings(folder, config)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not rank or not alpha:
+        raise CheckpointError(f"{folder / PEFT_CONFIG} has no r and lora_alpha: it is not the config of a LoRA")
     if not (folder / PEFT_FILE).is_file():
         raise CheckpointError(f"{folder} has {PEFT_CONFIG} but no {PEFT_FILE}: copy the whole folder")
-    layers, differences = lora_layers(
-        load_file(folder / PEFT_FILE), folder, scale=config["lora_alpha"] / config["r"]
-    )
-    metadata = {"rank": str(config["r"]), "alpha": str(config["lora_alpha"]), **file_metadata(folder / PEFT_FILE)}
+    layers, differences = lora_layers(_tensors(folder / PEFT_FILE), folder, scale=alpha / rank)
+    metadata = {"rank": str(rank), "alpha": str(alpha), **file_metadata(folder / PEFT_FILE)}
     return LoraFile(path=folder, layers=layers, differences=differences, metadata=metadata)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """A file's tensors; a file of other weights, which may be large, is refused by its names."""
+    handle = open_safetensors(path)
+    names = list(handle.keys())
+    if names and not any(_KEY.fullmatch(name) for name in names):
+        raise CheckpointError(
+            f"{path} is no LoRA: none of its {len(names)} tensors is named like one, e.g. {names[0]}. Full weights are "
+            "given as model.checkpoint, or as method.init_from with method.kind=full"
+        )
+    return {name: handle.get_tensor(name) for name in names}
 
 
 def _refuse_settings(path: Path, settings: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from wan_accel.models.dit import ADAPTER_PREFIXES
 from wan_accel.models.errors import CheckpointError
 from wan_accel.models.hub import resolve_checkpoint
 from wan_accel.models.loading import MOTION_ENCODER, check_expert, dit_folder
-from wan_accel.models.reader import CheckpointReader
+from wan_accel.models.reader import CheckpointReader, compare_tensors, is_constant
 from wan_accel.models.variants import Variant, get_variant
 from wan_accel.recipe.schema import FusedLora, Model, Recipe
 
@@ -38,7 +38,7 @@ def open_weights(recipe: Recipe, expert: str, lora: LoraSettings | None) -> Chec
     if init_from is not None and lora is not None:
         path = find_lora(Path(init_from), expert)
         found = read_lora(path)
-        _check_lora_expert(path, found.metadata, variant, expert)
+        check_expert(path, variant, expert)
         reader.adapter = starting_adapter(found, lora)
         logger.info("the LoRA starts from %s (%d layers)", path, len(found.layers))
     return reader
@@ -60,7 +60,14 @@ def overlay(reader: CheckpointReader, path: Path, variant: Variant, expert: str)
     if not path.exists():
         raise CheckpointError(f"method.init_from={path} does not exist: give a safetensors file or a checkpoint folder")
     top = CheckpointReader(dit_folder(path, variant, expert))
+    if any(".lora_" in name for name in top.shapes):
+        raise CheckpointError(
+            f"method.init_from={path} is a LoRA: full training starts from full weights; add it to the base with "
+            "model.fuse_loras, or set method.kind=lora"
+        )
     overlaid = OverlaidReader(reader, top, _PARTS)
+    stored = {name: shape for name, shape in top.shapes.items() if not is_constant(name)}
+    compare_tensors(overlaid.replaced, stored, path)
     kept = sorted({name.split(".")[0] for name in overlaid.shapes if name not in top.shapes})
     logger.info("training starts from %s; of %s come %s", path, reader.folder, ", ".join(kept) or "no tensors")
     return overlaid
@@ -70,13 +77,6 @@ def fuse(reader: CheckpointReader, fused: FusedLora, variant: Variant, expert: s
     """A LoRA of any layout added to what `reader` reads."""
     path = find_lora(Path(fused.path), expert)
     lora = read_lora(path)
-    _check_lora_expert(path, lora.metadata, variant, expert)
+    check_expert(path, variant, expert)
     logger.info("%s: %d layers are added to the base, times %g", path, len(lora.layers), fused.scale)
     return MergedReader(reader, lora.deltas(), fused.scale, differences=lora.differences)
-
-
-def _check_lora_expert(path: Path, metadata: dict[str, str], variant: Variant, expert: str) -> None:
-    check_expert(path, variant, expert)
-    said = metadata.get("variant", variant.name)
-    if said != variant.name:
-        raise CheckpointError(f"{path} is a LoRA of {said}, the recipe trains {variant.name}: give one of that variant")

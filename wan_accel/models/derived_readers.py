@@ -77,8 +77,11 @@ class OverlaidReader(DerivedReader):
 
     Args:
         inner: the checkpoint, which also says the number of heads.
-        top: the file; a part that it touches it must hold completely, which the comparison with a model shows.
+        top: the file; a part that it touches it must hold completely.
         parts: the prefixes of tensor names that make up each part; what has none of them is the DiT's.
+
+    Attributes:
+        replaced: name -> shape of the checkpoint's tensors that are not read any more.
     """
 
     def __init__(self, inner: CheckpointReader, top: CheckpointReader, parts: Sequence[tuple[str, ...]]) -> None:
@@ -88,11 +91,10 @@ class OverlaidReader(DerivedReader):
         def part(name: str) -> int:
             return next((index for index, prefixes in enumerate(parts) if name.startswith(prefixes)), -1)
 
-        replaced = {part(name) for name in top.shapes}
-        self.replaced_parts = replaced
+        touched = {part(name) for name in top.shapes}
         self.folder = top.folder
-        self.shapes = {name: shape for name, shape in inner.shapes.items() if part(name) not in replaced}
-        self.shapes |= top.shapes
+        self.replaced = {name: shape for name, shape in inner.shapes.items() if part(name) in touched}
+        self.shapes = {name: shape for name, shape in inner.shapes.items() if name not in self.replaced} | top.shapes
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         return (self.top if name in self.top.shapes else self.inner).read(name, rows)

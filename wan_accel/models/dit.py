@@ -153,7 +153,7 @@ def dit_size_from_shapes(shapes: Shapes, *, head_dim: int = 128, num_heads: int 
         )
     except KeyError as missing:
         raise ValueError(
-            f"the checkpoint has no tensor {missing}: this is not a Wan DiT in the original layout"
+            f"the checkpoint has no tensor {missing}: this is not a Wan DiT"
         ) from None
 
 
