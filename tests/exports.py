@@ -43,6 +43,7 @@ def write_run(
     dcp.save({"model": trained}, checkpoint_id=str(checkpoint / "model"), no_dist=True)
     if ema is not None:
         dcp.save({"ema": ema}, checkpoint_id=str(checkpoint / "ema"), no_dist=True)
+        (checkpoint / "ema" / "ema.json").write_text("{}")
     manifest = Manifest(
         engine="single", step=7, variant=variant, expert=expert, method=method, base=str(base),
         lora={"r": RANK, "lora_alpha": ALPHA, "target_modules": []} if method == "lora" else None,

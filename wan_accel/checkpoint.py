@@ -196,7 +196,7 @@ def read_trained(folder: Path, *, ema: bool = False) -> dict[str, Tensor]:
     manifest = read_manifest(folder)
     if ema:
         if not (folder / "ema").is_dir():
-            raise ValueError(f"{folder} has no moving average of the weights (no ema/): export without --ema")
+            raise ValueError(f"{folder} has no moving average: train with method.ema, or leave --ema out")
         averages = {"ema": {name: torch.empty(shape) for name, shape in manifest.trained.items()}}
         dcp.load(averages, checkpoint_id=str(folder / "ema"), no_dist=True)
         return averages["ema"]

@@ -126,6 +126,8 @@ def _by_diffusers(path: Path, pairs: Pairs, base: CheckpointReader, variant: Var
     from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 
     name, arguments = diffusers_arguments(variant, base)
+    if not hasattr(diffusers, name):
+        return f"wan-accel alone: diffusers {diffusers.__version__} has no {name}, so it was not asked"
     with torch.device("meta"):
         transformer = getattr(diffusers, name)(**arguments)
     for module in transformer.modules():

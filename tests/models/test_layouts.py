@@ -127,6 +127,10 @@ def test_the_other_expert_is_refused(tmp_path: Path) -> None:
     assert dit_folder(tmp_path, variant, "high") == tmp_path / "high_noise_model"
     with pytest.raises(CheckpointError, match=r"holds the high-noise expert of t2v-a14b, model.expert=low was asked"):
         dit_folder(tmp_path, variant, "low")
+    (tmp_path / "transformer_2").mkdir()
+    save_file(tensor, tmp_path / "transformer_2" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"transformer_2 holds the low-noise expert"):
+        dit_folder(tmp_path / "transformer_2", variant, "high")
     lone = tmp_path / "wan2.2_t2v_low_noise_14B.safetensors"
     save_file(tensor, lone)
     assert dit_folder(lone, variant, "low") == lone

@@ -71,7 +71,7 @@ def check_expert(path: Path, variant: Variant, expert: str) -> None:
     names = {row.name for row in variant.experts} - {"default"}
     said = file_metadata(path).get("expert", "")
     if said not in names:
-        said = next((name for name in names if f"{name}_noise" in path.name), "")
+        said = next((n for n in names if f"{n}_noise" in path.name or DIFFUSERS_FOLDERS[n] == path.name), "")
     if said in names and said != expert:
         raise CheckpointError(
             f"{path} holds the {said}-noise expert of {variant.name}, model.expert={expert} was asked for: give the "
