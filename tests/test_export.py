@@ -106,6 +106,7 @@ def test_diffusers_computes_the_same(base: Path, run: Path, expected: Tensor, tm
 
 def test_peft_computes_the_same(base: Path, run: Path, expected: Tensor, tmp_path: Path) -> None:
     folder = export(run, layout="peft", output=tmp_path / "peft")
+    assert 'load_wan("t2v-1.3b", "<checkpoint>"), "<folder>")' in (folder / "README.md").read_text()
     model = PeftModel.from_pretrained(load_wan("t2v-1.3b", base), str(folder))
     with torch.no_grad():
         torch.testing.assert_close(model(**wan_inputs()), expected, **TOLERANCE)
@@ -140,6 +141,7 @@ def test_bf16_files_say_what_they_are(run: Path, tmp_path: Path) -> None:
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front)["base_model"] == "Wan-AI/Wan2.1-T2V-1.3B"
     assert yaml.safe_load(front)["base_model_relation"] == "adapter"
+    assert yaml.safe_load(front)["tags"] == ["wan", "wan2.1", "wan-accel", "lora"]
     assert 'pipe.load_lora(pipe.dit, "x.safetensors", alpha=1)' in body
     assert "| rank | 4 |" in body and "| read back by | diffsynth |" in body
 

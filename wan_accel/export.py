@@ -151,7 +151,8 @@ def _write_lora(
     name = name or job.stem(expert) + ("" if job.layout == "peft" else ".safetensors")
     path = folder / name
     if job.layout == "peft":
-        path = folder if job.manifest.expert != BOTH else path
+        if job.manifest.expert != BOTH:
+            path, name = folder, "<folder>"
         base = job.variant.hub_id
         write_peft(path, layers, rank=rank, alpha=alpha, base=base, dtype=job.dtype, metadata=fields)
     else:

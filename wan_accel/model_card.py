@@ -49,11 +49,12 @@ def model_card(
     """
     is_lora = layout != "original"
     tag = next((_PIPELINE_TAGS[key] for key in _PIPELINE_TAGS if key in variant.conditioning), "text-to-video")
+    generation = variant.hub_id.split("/")[1].split("-")[0].lower()  # wan2.1 or wan2.2
     front = {
         "base_model": variant.hub_id,
         "base_model_relation": "adapter" if is_lora else "finetune",
         "pipeline_tag": tag,
-        "tags": ["wan", "wan2.2", "wan-accel", *(["lora"] if is_lora else [])],
+        "tags": ["wan", generation, "wan-accel", *(["lora"] if is_lora else [])],
     }
     table = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in metadata.items() if key != "format")
     parts = [
