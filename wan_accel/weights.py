@@ -69,7 +69,7 @@ def overlay(reader: CheckpointReader, path: Path, variant: Variant, expert: str)
     stored = {name: shape for name, shape in top.shapes.items() if not is_constant(name)}
     compare_tensors(overlaid.replaced, stored, path)
     kept = sorted({name.split(".")[0] for name in overlaid.shapes if name not in top.shapes})
-    logger.info("training starts from %s; of %s come %s", path, reader.folder, ", ".join(kept) or "no tensors")
+    logger.info("training starts from %s%s", path, f", with {', '.join(kept)} of {reader.folder}" if kept else "")
     return overlaid
 
 
