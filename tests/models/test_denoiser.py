@@ -159,6 +159,11 @@ def rnd(seed: int, *shape: int) -> torch.Tensor:
     )
 
 
+def test_every_row_has_a_released_size() -> None:
+    marks = test_released_sizes_on_meta.pytestmark
+    assert {name for mark in marks for name, _ in mark.args[1]} == set(VARIANTS)
+
+
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])
 def test_original_wanmodel(kind: str) -> None:
     golden = np.load(GOLDENS / "21_tiny_wanmodel.npz")
@@ -227,6 +232,9 @@ def test_original_rope_and_time_embedding() -> None:
         ("i2v-a14b", 14.289),
         ("ti2v-5b", 5.000),
         ("t2v-1.3b", 1.419),
+        ("t2v-14b", 14.288),
+        ("i2v-14b-480p", 16.395),
+        ("i2v-14b-720p", 16.395),
     ],
 )
 def test_released_sizes_on_meta(name: str, billions: float) -> None:

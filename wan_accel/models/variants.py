@@ -4,8 +4,9 @@ import difflib
 from dataclasses import dataclass
 from typing import Literal
 
-# Inputs that a denoiser can take beside the noisy latents, the timestep and the text embeddings.
-Conditioning = Literal["reference", "pose", "face", "known", "clip", "first_frame"]
+# Inputs that a denoiser can take beside the noisy latents, the timestep and the text embeddings. The first frame is
+# joined to the channels of the noisy latents (`first_frame`), or stands in them as it is (`fused_first_frame`).
+Conditioning = Literal["reference", "pose", "face", "known", "clip", "first_frame", "fused_first_frame"]
 
 
 # As `model.expert`: both experts of a pair in one run.
@@ -84,6 +85,15 @@ class Variant:
         return "pose" in self.conditioning
 
     @property
+    def takes_first_frame(self) -> bool:
+        """The first frame of a video is given, so that only the others are left to predict."""
+        return "first_frame" in self.conditioning or self.fuses_first_frame
+
+    @property
+    def fuses_first_frame(self) -> bool:
+        return "fused_first_frame" in self.conditioning
+
+    @property
     def size_divisor(self) -> int:
         """Height and width of a video must be multiples of this many pixels (VAE stride x patch)."""
         return self.vae.stride[1] * self.dit.patch_size[1]
@@ -149,6 +159,8 @@ def _experts(boundary: float) -> tuple[Expert, ...]:
     )
 
 
+# Shift, frames and rate are those that the original samples with (Wan2.2: wan/configs; Wan2.1: generate.py,
+# `_validate_args`, whose shift is 5 but for image-to-video in 480p).
 _ROWS = (
     Variant(
         name="animate-14b",
@@ -181,7 +193,7 @@ _ROWS = (
         hub_id="Wan-AI/Wan2.2-TI2V-5B",
         dit=DitSize(dim=3072, ffn_dim=14336, num_layers=30, num_heads=24, in_dim=48, out_dim=48),
         vae=_VAE22,
-        conditioning=("first_frame",),
+        conditioning=("fused_first_frame",),
         num_frames=121,
         fps=24.0,
     ),
@@ -190,6 +202,22 @@ _ROWS = (
         hub_id="Wan-AI/Wan2.1-T2V-1.3B",
         dit=DitSize(dim=1536, ffn_dim=8960, num_layers=30, num_heads=12, in_dim=16, out_dim=16),
         vae=_VAE21,
+    ),
+    Variant(name="t2v-14b", hub_id="Wan-AI/Wan2.1-T2V-14B", dit=_a14b(in_dim=16), vae=_VAE21),
+    Variant(
+        name="i2v-14b-480p",
+        hub_id="Wan-AI/Wan2.1-I2V-14B-480P",
+        dit=_a14b(in_dim=36, clip_dim=1280),
+        vae=_VAE21,
+        conditioning=("first_frame", "clip"),
+        shift=3.0,
+    ),
+    Variant(
+        name="i2v-14b-720p",
+        hub_id="Wan-AI/Wan2.1-I2V-14B-720P",
+        dit=_a14b(in_dim=36, clip_dim=1280),
+        vae=_VAE21,
+        conditioning=("first_frame", "clip"),
     ),
 )
 VARIANTS: dict[str, Variant] = {row.name: row for row in _ROWS}
