@@ -82,17 +82,27 @@ class WanBlock(CheckpointedModule):
                 if isinstance(module, RMSNorm):
                     module.use_torch_norm = True  # one fused kernel, fp32 inside
 
-    def compute(self, x: Tensor, context: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
+    def compute(  # type: ignore[override]
+        self,
+        x: Tensor,
+        context: Tensor,
+        modulation: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        in_first_frame: Tensor | None = None,
+    ) -> Tensor:
         """Run the block.
 
         Args:
             x: (B, L, C).
             context: (B, [257 +] S, C), CLIP tokens first where the variant has them.
-            modulation: (B, 6, C) fp32, the timestep's share of shift, scale and gate.
+            modulation: (B, 6, C) fp32, the timestep's share of shift, scale and gate; with `in_first_frame`
+                (B, 2, 6, C), a row for the tokens of the first frame and one for the others.
             cos, sin: (L, D/2) fp32.
+            in_first_frame: (L, 1) bool, where the first frame has a timestep of its own.
         """
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (
-            (upcast(self.modulation) + modulation).unsqueeze(2).unbind(1)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation_of_tokens(
+            upcast(self.modulation), modulation, in_first_frame
         )
         x = add_gated(x, gate_1, self._self_attention(modulate(self.norm1, x, shift_1, scale_1), cos, sin))
         x = x + self._cross_attention(self.norm3(x), context)
@@ -113,6 +123,23 @@ class WanBlock(CheckpointedModule):
             image = context[:, :NUM_CLIP_TOKENS]
             out = out + attention.attn(q, attention.norm_k_img(attention.k_img(image)), attention.v_img(image))
         return attention.o(out)
+
+
+def modulation_of_tokens(own: Tensor, timestep: Tensor, in_first_frame: Tensor | None) -> tuple[Tensor, ...]:
+    """A module's own modulation plus its timestep's, split into what `modulate` and `add_gated` take.
+
+    Args:
+        own: (1, n, C).
+        timestep: (B, n or 1, C); with `in_first_frame` (B, 2, n or 1, C).
+        in_first_frame: (L, 1) bool.
+
+    Returns:
+        n tensors (B, 1, C), one value for all tokens; with `in_first_frame` (B, L, C), each token's row picked.
+    """
+    if in_first_frame is None:
+        return (own + timestep).unsqueeze(2).unbind(1)
+    first, others = ((own + row).unsqueeze(2).unbind(1) for row in timestep.unbind(1))
+    return tuple(torch.where(in_first_frame, *rows) for rows in zip(first, others))
 
 
 def modulate(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -172,7 +199,7 @@ class WanHead(nn.Module):
         super().__init__()
         adopt(self, source)
 
-    def forward(self, x: Tensor, time_embedding: Tensor) -> Tensor:
-        """Map (B, L, C) with the time embedding (B, C) fp32 to (B, L, out_dim * patch)."""
-        shift, scale = (upcast(self.modulation) + time_embedding.unsqueeze(1)).unsqueeze(2).unbind(1)
+    def forward(self, x: Tensor, time_embedding: Tensor, in_first_frame: Tensor | None = None) -> Tensor:
+        """Map (B, L, C) with the time embedding (B, C) fp32, (B, 2, C) as in a block, to (B, L, out_dim * patch)."""
+        shift, scale = modulation_of_tokens(upcast(self.modulation), time_embedding.unsqueeze(-2), in_first_frame)
         return self.head(modulate(self.norm, x, shift, scale))

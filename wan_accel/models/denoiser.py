@@ -94,6 +94,7 @@ class WanDenoiser(nn.Module):
         pose_latents: Tensor | None = None,
         motion_vectors: Tensor | None = None,
         face_pixel_values: Tensor | None = None,
+        first_frame_timestep: Tensor | None = None,
     ) -> Tensor:
         """Predict the velocity.
 
@@ -106,6 +107,8 @@ class WanDenoiser(nn.Module):
             pose_latents: (B, C, F - 1, h, w), for latent frames 1.. .
             motion_vectors: (B, T, motion_dim), one a video frame; T compresses to F - 1.
             face_pixel_values: (B, 3, T, 512, 512) in [-1, 1], instead of motion vectors.
+            first_frame_timestep: (B,) fp32, that of latent frame 0 where it is not `timestep`: 0 where the frame is
+                known (wan/textimage2video.py, `i2v`).
 
         Returns:
             (B, C, F, h, w) fp32.
@@ -120,12 +123,17 @@ class WanDenoiser(nn.Module):
         if pose_latents is not None:
             x = x + F.pad(self.pose_patch_embedding(pose_latents.to(dtype)), (0, 0, 0, 0, 1, 0))
         grid = (x.shape[2], x.shape[3], x.shape[4])
+        span, in_first_frame = self._span(grid), None
+        if first_frame_timestep is not None:
+            # Two rows a sample, which tokens choose from: a row a token would be 1 GB at 27,280 tokens.
+            timestep = torch.stack([first_frame_timestep, timestep], dim=1)
+            in_first_frame = span.in_first_frame(x.device)
         time_embedding = self.time_embedding(sinusoidal_embedding(timestep, self.freq_dim))
-        modulation = self.time_projection(time_embedding).unflatten(1, (6, -1))  # (B, 6, C) fp32
+        modulation = self.time_projection(time_embedding).unflatten(-1, (6, -1))  # (B, [2,] 6, C) fp32
         context = self._embed_context(text.to(dtype), clip_features)
         motion = self._embed_motion(motion_vectors, face_pixel_values, dtype)
-        x = self._run_blocks(x.flatten(2).transpose(1, 2), grid, context, modulation, motion)
-        x = self.head(x, time_embedding)
+        x = self._run_blocks(x.flatten(2).transpose(1, 2), grid, span, context, modulation, motion, in_first_frame)
+        x = self.head(x, time_embedding, in_first_frame)
         if self.sequence_parallel is not None:
             x = self.sequence_parallel.gather(x, grid[0] * grid[1] * grid[2])
         # A copy: FSDP2 hangs its hook on the output, and an in-place operation on a view would drop it.
@@ -194,25 +202,33 @@ class WanDenoiser(nn.Module):
             )
         return encode_motion(self.motion_encoder, faces)
 
+    def _span(self, grid: tuple[int, int, int]) -> TokenSpan:
+        """The tokens that this rank works on."""
+        tokens_per_frame = grid[1] * grid[2]
+        num_tokens = grid[0] * tokens_per_frame
+        if self.sequence_parallel is not None:
+            return self.sequence_parallel.span(num_tokens, tokens_per_frame)
+        return TokenSpan(start=0, length=num_tokens, tokens_per_frame=tokens_per_frame)
+
     def _run_blocks(
         self,
         x: Tensor,
         grid: tuple[int, int, int],
+        span: TokenSpan,
         context: Tensor,
         modulation: Tensor,
         motion: Tensor | None,
+        in_first_frame: Tensor | None,
     ) -> Tensor:
-        num_tokens, tokens_per_frame = x.shape[1], grid[1] * grid[2]
+        num_tokens = x.shape[1]
         cos, sin = rope_table(grid, self.head_dim, x.device, modulation.dtype)
-        span = TokenSpan(start=0, length=num_tokens, tokens_per_frame=tokens_per_frame)
         if self.sequence_parallel is not None:
-            span = self.sequence_parallel.span(num_tokens, tokens_per_frame)
             x = self.sequence_parallel.split(x, dim=1)
             cos, sin = (self.sequence_parallel.split(table, dim=0) for table in (cos, sin))
         for index, block in enumerate(self.transformer_blocks):
             if self.sequence_parallel is not None:
                 block.self_attn.attn.num_tokens = num_tokens
-            x = block(x, context, modulation, cos, sin)
+            x = block(x, context, modulation, cos, sin, in_first_frame)
             if motion is not None and index % FACE_BLOCK_EVERY == 0:
                 x = self.face_adapter.fuser_blocks[index // FACE_BLOCK_EVERY](x, motion, span)
         return x
@@ -241,11 +257,11 @@ def encode_motion(motion_encoder: Any, faces: Tensor) -> Tensor:
 
 
 def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
-    """[cos | sin](timestep * 10000^(-i / (dim/2))): (B,) -> (B, dim) in timestep's dtype, angles in fp64."""
+    """[cos | sin](timestep * 10000^(-i / (dim/2))): (...) -> (..., dim) in timestep's dtype, angles in fp64."""
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
-    angles = torch.outer(timestep.double(), 10000.0**-exponents)
-    return torch.cat([angles.cos(), angles.sin()], dim=1).to(timestep.dtype)
+    angles = timestep.double().unsqueeze(-1) * 10000.0**-exponents
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(timestep.dtype)
 
 
 def inject_ulysses(model: WanDenoiser, group: torch.distributed.ProcessGroup) -> WanDenoiser:

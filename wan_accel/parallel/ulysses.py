@@ -35,6 +35,10 @@ class TokenSpan:
     def _front(self) -> int:
         return self.start - self.first_frame * self.tokens_per_frame
 
+    def in_first_frame(self, device: torch.device) -> Tensor:
+        """Tell which of the span's tokens are of frame 0: (length, 1) bool."""
+        return torch.arange(self.start, self.start + self.length, device=device).unsqueeze(1) < self.tokens_per_frame
+
     def frames_of(self, x: Tensor) -> Tensor:
         """Pick the span's frames from x (B, F, ...); frames beyond the sequence are zeros."""
         picked = x[:, self.first_frame : self.first_frame + self.num_frames]
