@@ -265,7 +265,9 @@ def test_dry_run_says_the_bytes_and_writes_nothing(
     assert run("--dry-run") == 0
     lines = capsys.readouterr().out.splitlines()
     names = [line.split("GiB  ")[1].split(" (")[0] for line in lines if "GiB  " in line]
-    assert names == ["text", "latents", "pose_latents", "known", "reference", "motion_vectors", "in all"]
+    assert names == [
+        "text", "latents", "reference_latents", "pose_latents", "motion_vectors", "known", "clip_features", "in all"
+    ]  # fmt: skip
     assert "GPU hours" in lines[-1]
     assert not (tmp_path / "latents").exists()
 

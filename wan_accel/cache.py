@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ from wan_accel.data.latents import bucket_key, cell_to_tensor, tensor_to_cell
 from wan_accel.data.schema import CLIPS_SCHEMA, LATENTS_SCHEMA, latents_features, null_features, text_features
 from wan_accel.models.checkpoint_files import check_encoder_files, condition_keys
 from wan_accel.models.conditioning.clips import STORED, ClipEncoder
+from wan_accel.models.conditioning.estimate import bytes_by_column, videos_per_clip
 from wan_accel.models.conditioning.text import NULL_PROMPTS, caption_id, encode_captions
 from wan_accel.models.encoders import load_text_encoder
 from wan_accel.models.hub import resolve_checkpoint
@@ -143,24 +145,16 @@ class Cache:
 
     def _estimate(self) -> dict[str, int]:
         """Bytes by column over what is to do; of texts only about, at a token for 3 bytes."""
-        channels, (stride_t, stride_h, stride_w) = self.variant.vae.latent_channels, self.variant.vae.stride
         tokens = sum(min(len(caption.encode()) // 3 + 1, TEXT_LENGTH) for caption in self._captions_todo())
-        sizes = {"text (about)": tokens * self.variant.dit.text_dim * STORED.itemsize, "latents": 0}
-        animate = dict.fromkeys(("pose_latents", "known (at most)", "reference", "motion_vectors"), 0)
-        for frames, height, width in self._shapes(self._todo()):
-            picture = (height // stride_h) * (width // stride_w) * channels * STORED.itemsize
-            video = ((frames - 1) // stride_t + 1) * picture
-            sizes["latents"] += video
-            animate["pose_latents"] += video
-            animate["known (at most)"] += video * self.known_variants
-            animate["reference"] += picture + 257 * 1280 * STORED.itemsize
-            animate["motion_vectors"] += frames * 512 * 4
-        return sizes | animate if self.variant.has_animate_adapter else sizes
+        sizes = Counter({"text (about)": tokens * self.variant.dit.text_dim * STORED.itemsize})
+        for shape in self._shapes(self._todo()):
+            sizes.update(bytes_by_column(self.variant, shape, known_variants=self.known_variants))
+        return dict(sizes)
 
     def _gpu_hours(self) -> float:
         pixels = sum(frames * height * width for frames, height, width in self._shapes(self._todo()))
-        videos_per_clip = 2 + self.known_variants if self.variant.has_animate_adapter else 1
-        return pixels * videos_per_clip * _SECONDS_PER_PIXEL / 3600
+        videos = videos_per_clip(self.variant, known_variants=self.known_variants)
+        return pixels * videos * _SECONDS_PER_PIXEL / 3600
 
     def run(self) -> None:
         """Encode what is not there yet. Every rank calls it.

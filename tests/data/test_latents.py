@@ -173,7 +173,8 @@ def test_null_row_that_was_not_cached(latents: Path, tmp_path: Path) -> None:
 
 def test_stale_keys_are_named(dataset: LatentsDataset) -> None:
     keys = store.load(dataset.root / "clips", LATENTS_SCHEMA)[0]["keys"]
-    assert keys.keys() == {"text", "video", "pose", "reference", "face", "known"} and all(keys.values())
+    assert keys.keys() == {"text", "video", "pose", "reference", "face", "known", "image"}
+    assert {name for name in keys if keys[name] is None} == {"image"}
     dataset.check_keys(keys)
     with pytest.raises(LatentsError, match="face, video was encoded with other weights or settings than this recipe's"):
         dataset.check_keys(keys | {"video": "0", "face": "1"})

@@ -16,6 +16,7 @@ from torch import Tensor
 from wan_accel.data import store
 from wan_accel.data.schema import LATENTS_SCHEMA
 from wan_accel.models.conditioning.animate import NUM_MASK_CHANNELS, join_condition
+from wan_accel.models.conditioning.image import join_first_frame
 from wan_accel.step_plan import NO_KNOWN, Bucket, DatasetIndex, SampleDraw
 
 _INDEX_COLUMNS = ["num_frames", "height", "width", "num_known", "source_sha256", "caption_id", "clip_id"]
@@ -134,11 +135,14 @@ class LatentsDataset:
         row = self._clips[index]
         latents = cell_to_tensor(row["latents"])
         sample = {"text": self._text_of(row, draw)}
+        if row.get("image_latents") is not None:
+            sample["condition"] = join_first_frame(cell_to_tensor(row["image_latents"]))
+        if row["clip_features"] is not None:
+            sample["clip_features"] = cell_to_tensor(row["clip_features"])
         if row["reference_latents"] is not None:
             reference = cell_to_tensor(row["reference_latents"])
             sample |= {
                 "condition": self._condition(row, draw, reference),
-                "clip_features": cell_to_tensor(row["clip_features"]),
                 "pose_latents": cell_to_tensor(row["pose_latents"]),
                 "motion_vectors": self._motion_of(row, draw),
             }

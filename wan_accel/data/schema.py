@@ -18,6 +18,8 @@ QUALITY = (
     "mean_keypoint_score", "visible_share", "hand_score", "face_size", "mask_area_mean", "mask_area_jitter", "motion",
     "luma_change", "blur", "track_switches",
 )  # fmt: skip
+# Kinds of conditions; `text` is of the text part.
+KINDS = ("text", "video", "pose", "reference", "face", "known", "image")
 # Animate's columns; datasets for text- and image-to-video have the schema without them.
 ANIMATE_COLUMNS = (
     "reference", "reference_source", "purpose", "modes", "boxes", "keypoints", "keypoints_3d", "pose_keypoints",
@@ -108,8 +110,8 @@ def latents_features() -> "Features":
             "height": Value("int32"), "width": Value("int32"), "fps": Value("float64"),
             "modes": Sequence(Value("string")), "latents": tensor_feature(), "reference_latents": tensor_feature(),
             "pose_latents": tensor_feature(), "clip_features": tensor_feature(), "motion_vectors": tensor_feature(),
-            "known": [known], "num_known": Value("int32"),
-            "keys": {name: Value("string") for name in ("text", "video", "pose", "reference", "face", "known")},
+            "image_latents": tensor_feature(), "known": [known], "num_known": Value("int32"),
+            "keys": {name: Value("string") for name in KINDS},
         }
     )  # fmt: skip
 

@@ -41,6 +41,8 @@ def encoder_files(variant: Variant, checkpoint: Path | None = None) -> dict[str,
     files: dict[str, tuple[str, ...]] = {"text": (TEXT_ENCODER_FILE, TOKENIZER_FILE), "video": (vae,)}
     if variant.has_animate_adapter:
         files |= {"pose": (vae,), "known": (vae,), "reference": (vae, CLIP_FILE)}
+    if "first_frame" in variant.conditioning:
+        files["image"] = (vae, CLIP_FILE) if "clip" in variant.conditioning else (vae,)
     return files
 
 

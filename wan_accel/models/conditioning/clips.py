@@ -21,6 +21,7 @@ from wan_accel.models.conditioning.animate import (
     known_pixels,
     to_pixels,
 )
+from wan_accel.models.conditioning.image import first_frame_pixels
 from wan_accel.models.denoiser import encode_motion
 from wan_accel.models.encoders import load_clip, load_motion_encoder, load_vae
 from wan_accel.models.variants import FACE_SIZE, Variant
@@ -36,7 +37,7 @@ class ClipEncoder:
 
     Args:
         variant: what is to be trained.
-        checkpoint: folder with its VAE and, for Animate, CLIP and the motion encoder.
+        checkpoint: folder with its VAE and, where the variant needs them, CLIP and the motion encoder.
         known_variants: known-pixel variants to draw for each clip.
         device: where the networks run.
 
@@ -51,8 +52,9 @@ class ClipEncoder:
         self.known_variants = known_variants
         self.device = device
         self.vae = load_vae(checkpoint, variant, device=device)
-        if variant.has_animate_adapter:
+        if "clip" in variant.conditioning:
             self.clip = load_clip(checkpoint, device=device)
+        if variant.has_animate_adapter:
             self.motion_encoder = load_motion_encoder(checkpoint, variant, device=device)
 
     def encode(self, clip: Clip, *, modes: Sequence[str] = ()) -> dict[str, Any]:
@@ -69,6 +71,8 @@ class ClipEncoder:
         frames = to_pixels(clip.frames_rgb)
         latents = self.video(frames)
         encoded: dict[str, Any] = {"latents": tensor_to_cell(latents), "known": [], "num_known": 0}
+        if "first_frame" in self.variant.conditioning:
+            encoded |= self._image_columns(frames)
         if not self.variant.has_animate_adapter:
             return encoded
         known = self._known(clip, frames, modes, latent_hw=(latents.shape[2], latents.shape[3]))
@@ -80,6 +84,10 @@ class ClipEncoder:
         if height % divisor or width % divisor:
             raise ValueError(
                 f"clip {clip.clip_id} is {height}x{width} pixels: {self.variant.name} needs multiples of {divisor}"
+            )
+        if self.variant.takes_first_frame and len(clip.frames_rgb) == 1:
+            raise ValueError(
+                f"clip {clip.clip_id} has one frame, which {self.variant.name} is given: nothing is left to predict"
             )
         if not self.variant.has_animate_adapter:
             return
@@ -101,23 +109,33 @@ class ClipEncoder:
                     "the clip again with --purpose train"
                 )
 
+    def _image_columns(self, frames: Tensor) -> dict[str, Any]:
+        """The first frame as it is joined to the channels, and its CLIP features where the variant has them."""
+        columns = {"image_latents": tensor_to_cell(self.video(first_frame_pixels(frames)))}
+        if "clip" in self.variant.conditioning:
+            columns["clip_features"] = tensor_to_cell(self.image(frames[:, :1]))
+        return columns
+
     def _animate_columns(self, clip: Clip) -> dict[str, Any]:
         assert clip.reference_rgb is not None and clip.pose_keypoints is not None and clip.faces_rgb is not None
         reference = to_pixels(clip.reference_rgb[None])
         # The poses of all frames make one video as long as the target's: pose latent k is of the same four frames
         # as latent k. (DiffSynth cuts four frames off and so trains on poses that lag behind.)
         pose = to_pixels(draw_poses(clip.pose_keypoints, clip.canvas_hw))
-        features = self.clip.encode(reference.transpose(0, 1).to(self.device))[0]
         return {
             "reference_latents": tensor_to_cell(self.video(reference)),
             "pose_latents": tensor_to_cell(self.video(pose)),
-            "clip_features": tensor_to_cell(features.to(STORED)),
+            "clip_features": tensor_to_cell(self.image(reference)),
             "motion_vectors": tensor_to_cell(self.motion(clip.faces_rgb)),
         }
 
     def video(self, pixels: Tensor) -> Tensor:
         """(3, T, H, W) in [-1, 1] -> latents (C, F, h, w)."""
         return self.vae.encode(pixels[None].to(self.device))[0].to(STORED).cpu()
+
+    def image(self, pixels: Tensor) -> Tensor:
+        """A picture (3, 1, H, W) in [-1, 1] -> CLIP features (257, clip_dim)."""
+        return self.clip.encode(pixels.transpose(0, 1).to(self.device))[0].to(STORED).cpu()
 
     @torch.no_grad()
     def motion(self, faces_rgb: np.ndarray) -> Tensor:
