@@ -21,6 +21,7 @@ class WanTrainingArguments(TrainingArguments):
     ulysses: ranks that share one sample by sequence parallelism.
     density, shift, logit_mean, logit_std, mode_scale, weighting: the objective (`wan_accel.objective`).
     caption_dropout, face_dropout: probabilities of replacing the caption or face by its null condition.
+    image_dropout: probability of leaving a fused first frame out (ti2v-5b trains on text alone then).
     eval_sigmas: noise levels at which each validation sample is evaluated.
     """
 
@@ -45,4 +46,5 @@ class WanTrainingArguments(TrainingArguments):
     weighting: Weighting = "none"
     caption_dropout: float = 0.0
     face_dropout: float = 0.0
+    image_dropout: float = 0.0
     eval_sigmas: int = 8

@@ -89,9 +89,18 @@ def _per_sample(value: "Tensor", like: "Tensor") -> "Tensor":
     return value.view(-1, *[1] * (like.ndim - 1))
 
 
-def per_sample_mse(predicted: "Tensor", target: "Tensor") -> "Tensor":
-    """Mean squared error over a sample's elements, fp32: (B, ...) -> (B,)."""
-    return (predicted.float() - target.float()).square().flatten(1).mean(1)
+def per_sample_mse(predicted: "Tensor", target: "Tensor", mask: "Tensor | None" = None) -> "Tensor":
+    """Mean squared error over a sample's elements, fp32: (B, ...) -> (B,).
+
+    Args:
+        predicted, target: (B, ...).
+        mask: bool, broadcasts to them; the mean is over the elements where it is True.
+    """
+    squared = (predicted.float() - target.float()).square()
+    if mask is None:
+        return squared.flatten(1).mean(1)
+    mask = mask.expand_as(squared)
+    return (squared * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)
 
 
 @lru_cache(maxsize=8)

@@ -79,6 +79,7 @@ class SampleDraw:
     noise_seed: int
     drop_caption: bool = False
     drop_face: bool = False
+    drop_image: bool = False
     known: int = NO_KNOWN
     weight: float = 1.0
 
@@ -118,7 +119,7 @@ class Step:
 Group = tuple[tuple[Bucket, str], np.ndarray]
 
 # Purposes of random numbers: one stream each, so that adding a draw never changes another.
-_ORDER, _STEP_ORDER, _SIGMA, _NOISE, _CAPTION, _FACE, _KNOWN, _SPLIT, _FIXED = range(9)
+_ORDER, _STEP_ORDER, _SIGMA, _NOISE, _CAPTION, _FACE, _KNOWN, _SPLIT, _FIXED, _IMAGE = range(10)
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
@@ -171,6 +172,7 @@ class StepPlan:
         experts: Sequence[Expert] = (Expert(name="default"),),
         caption_dropout: float = 0.0,
         face_dropout: float = 0.0,
+        image_dropout: float = 0.0,
         rows: Sequence[int] | None = None,
     ) -> None:
         self.index = index
@@ -192,6 +194,7 @@ class StepPlan:
         )  # fmt: skip
         self.caption_dropout = caption_dropout
         self.face_dropout = face_dropout
+        self.image_dropout = image_dropout
         # Shares of uniform draws below which a sample belongs to the first expert, the first two, ...
         span = (self.levels.share_below(low), self.levels.share_below(high))
         shares = [self.levels.share_below(expert.sigma_min) for expert in self.experts[1:]]
@@ -306,6 +309,7 @@ class StepPlan:
             noise_seed=int(_hash(self.seed, _NOISE, epoch, item) >> np.uint64(1)),
             drop_caption=uniform(_CAPTION) < self.caption_dropout,
             drop_face=uniform(_FACE) < self.face_dropout,
+            drop_image=uniform(_IMAGE) < self.image_dropout,
             known=int(uniform(_KNOWN) * num_known) if num_known else NO_KNOWN,
         )
 

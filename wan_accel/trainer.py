@@ -38,15 +38,13 @@ from wan_accel.metrics import MetricsCallback, peak_gib
 from wan_accel.models.denoiser import WanDenoiser, inject_ulysses
 from wan_accel.models.pair import ExpertPair, experts_of, split_by_expert
 from wan_accel.models.variants import Expert, Variant
-from wan_accel.objective import NoiseLevels, add_noise, loss_weight, per_sample_mse, step_loss, velocity
+from wan_accel.noising import noise_batch
+from wan_accel.objective import NoiseLevels, loss_weight, per_sample_mse, step_loss
 from wan_accel.parallel.engine import detect_engine
 from wan_accel.parallel.fsdp import assert_sharded, fully_shard_denoiser
 from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.parallel.zero import JointOptimizer, backward_zero, prepare_engine
 from wan_accel.step_plan import SampleDraw, StepPlan, TokenBudget
-
-# Tensors of a micro-batch that are not inputs of the denoiser.
-_NOT_INPUTS = ("latents", "noise", "sigma", "weight")
 
 
 class _StepSampler(Sampler):
@@ -265,21 +263,20 @@ class WanTrainer(Trainer):
         return loss.detach()
 
     def _micro_loss(self, expert: str, batch: MicroBatch, num_samples: int) -> Tensor:
-        predicted, target = self._predict(expert, batch)
-        per_sample = per_sample_mse(predicted, target)
+        predicted, target, mask = self._predict(expert, batch)
+        per_sample = per_sample_mse(predicted, target, mask)
         weight = batch["weight"].to(per_sample.device) * loss_weight(
             batch["sigma"].to(per_sample.device), self.args.weighting, self.args.shift
         )
         return step_loss(per_sample, weight, num_samples, self.dims.num_data_ranks)
 
-    def _predict(self, expert: str, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Predicted and true velocity (B, C, F, h, w) fp32 of a micro-batch."""
+    def _predict(self, expert: str, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Predicted and true velocity (B, C, F, h, w) fp32 of a micro-batch, and where the loss looks."""
         device = self.accelerator.device
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-        latents, noise, sigma = batch["latents"].float(), batch["noise"].float(), batch["sigma"]
-        inputs = {name: value for name, value in batch.items() if name not in _NOT_INPUTS}
-        predicted = self.lanes[expert](add_noise(latents, noise, sigma), 1000.0 * sigma, **inputs)
-        return predicted, velocity(latents, noise)
+        noisy = noise_batch(batch, self.variant)
+        predicted = self.lanes[expert](noisy.hidden_states, noisy.timestep, **noisy.conditions)
+        return predicted, noisy.target, noisy.loss_mask
 
     def _tokens_of(self, batch: MicroBatch) -> int:
         _, _, frames, height, width = batch["latents"].shape
@@ -433,9 +430,10 @@ class WanTrainer(Trainer):
         for start in range(0, len(draws), num_ranks):
             is_filler = start + rank >= len(draws)
             draw = draws[min(start + rank, len(draws) - 1)]
-            predicted, target = self._predict(self.plan.expert_at(draw.sigma), collate(self.source, [draw]))
+            predicted, target, mask = self._predict(self.plan.expert_at(draw.sigma), collate(self.source, [draw]))
             if not is_filler:
-                loss, zero = per_sample_mse(predicted, target), per_sample_mse(torch.zeros_like(target), target)
+                loss = per_sample_mse(predicted, target, mask)
+                zero = per_sample_mse(torch.zeros_like(target), target, mask)
                 sums += torch.stack([loss.sum(), zero.sum()]).double()
         for lane in self.lanes.values():
             if isinstance(lane, FSDPModule):
@@ -498,6 +496,7 @@ def default_plan(
         experts=experts,
         caption_dropout=args.caption_dropout,
         face_dropout=args.face_dropout,
+        image_dropout=args.image_dropout,
         rows=rows,
     )
 

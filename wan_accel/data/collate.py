@@ -57,7 +57,7 @@ class StepDataset(Dataset):
 def collate(source: SampleSource, draws: Sequence[SampleDraw]) -> MicroBatch:
     """Read and stack the samples of a micro-step; texts are zero-padded to the longest.
 
-    Adds `sigma` (B,) and `weight` (B,) fp32.
+    Adds `sigma` (B,) and `weight` (B,) fp32, and `drop_image` (B,) bool.
 
     Raises:
         ValueError: samples of one bucket differ in a shape; the message names both rows.
@@ -69,6 +69,7 @@ def collate(source: SampleSource, draws: Sequence[SampleDraw]) -> MicroBatch:
     batch = {name: _stack(name, samples, draws) for name in samples[0]}
     batch["sigma"] = torch.tensor([draw.sigma for draw in draws], dtype=torch.float32)
     batch["weight"] = torch.tensor([draw.weight for draw in draws], dtype=torch.float32)
+    batch["drop_image"] = torch.tensor([draw.drop_image for draw in draws])
     return batch
 
 

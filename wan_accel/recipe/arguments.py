@@ -182,6 +182,7 @@ def training_arguments(recipe: Recipe) -> dict[str, Any]:
         "micro_batch_tokens": recipe.data.micro_batch.tokens,
         "caption_dropout": recipe.data.caption_dropout,
         "face_dropout": recipe.data.face_dropout,
+        "image_dropout": recipe.data.image_dropout,
         "ulysses": recipe.parallel.ulysses,
         "density": "uniform" if is_diffsynth else objective.density,
         "shift": 5.0 if is_diffsynth else objective.shift or get_variant(recipe.variant).shift,

@@ -11,9 +11,6 @@ from wan_accel.models.variants import Variant, get_variant
 from wan_accel.parallel.degrees import usable_degrees
 from wan_accel.recipe.schema import Objective, Recipe
 
-# Variants whose conditioning is not written yet can be read and exported, not trained.
-TRAINABLE = ("animate-14b", "t2v-a14b", "t2v-1.3b")
-
 
 def check(
     recipe: Recipe, *, world_size: int | None = None, engine: str | None = None, num_heads: int | None = None
@@ -56,8 +53,6 @@ def check(
 def _check_variant(recipe: Recipe, variant: Variant) -> list[str]:
     problems = []
     names = [expert.name for expert in variant.experts]
-    if variant.name not in TRAINABLE:
-        problems.append(f"variant={variant.name} cannot be trained yet: use {', '.join(TRAINABLE)}")
     if len(names) == 1 and recipe.model.expert is not None:
         problems.append(f"model.expert={recipe.model.expert}: {variant.name} has one expert only; remove the key")
     else:
@@ -68,6 +63,11 @@ def _check_variant(recipe: Recipe, variant: Variant) -> list[str]:
     if recipe.data.face_dropout and not variant.has_animate_adapter:
         problems.append(
             f"data.face_dropout={recipe.data.face_dropout}: {variant.name} has no face input; remove the key"
+        )
+    if recipe.data.image_dropout and not variant.fuses_first_frame:
+        problems.append(
+            f"data.image_dropout={recipe.data.image_dropout}: {variant.name} is not trained with and without a first "
+            "frame; remove the key (ti2v-5b is)"
         )
     return problems
 

@@ -77,7 +77,10 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Data:
-    """Datasets and batches. `global_batch` is over all ranks, `micro_batch` what a rank runs at once; 1 sample each."""
+    """Datasets and batches. `global_batch` is over all ranks, `micro_batch` what a rank runs at once; 1 sample each.
+
+    `image_dropout` is the share of samples that ti2v-5b is trained on without their first frame.
+    """
 
     __pydantic_config__ = _STRICT
     latents: str
@@ -86,6 +89,7 @@ class Data:
     micro_batch: Batch = field(default_factory=lambda: Batch(samples=1))
     caption_dropout: Probability = 0.0
     face_dropout: Probability = 0.0
+    image_dropout: Probability = 0.0
     eval: Eval = field(default_factory=Eval)
 
 
