@@ -1,7 +1,6 @@
 """The first frame as a condition, against diffsynth's pipeline units and its loss, on the same tiny weights."""
 
 import dataclasses
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 

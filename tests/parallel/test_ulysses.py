@@ -1,5 +1,7 @@
 """Ulysses: splitting, exchanging and gathering tokens is exact, with every parameter's gradient."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,22 +30,39 @@ ADAPTER = AnimateSize(
 )
 
 
+SIZES = {
+    "animate": SIZE,
+    "i2v": dataclasses.replace(SIZE, num_layers=2),
+    "ti2v": dataclasses.replace(SIZE, num_layers=2, in_dim=16, clip_dim=None),
+}
+
+
+def inputs_of(kind: str, height: int) -> dict[str, torch.Tensor]:
+    """Inputs of a batch of 2; the second sample of ti2v is plain text to video."""
+    inputs = dict(
+        hidden_states=torch.randn(2, 16, 3, height, 6), timestep=torch.tensor([321.7, 950.3]),
+        text=torch.randn(2, 16, 32),
+    )  # fmt: skip
+    if kind == "ti2v":
+        return inputs | {"first_frame_timestep": torch.tensor([0.0, 950.3])}
+    inputs |= dict(condition=torch.randn(2, 20, 3, height, 6), clip_features=torch.randn(2, 257, 40))
+    if kind == "animate":
+        inputs |= dict(pose_latents=torch.randn(2, 16, 2, height, 6), motion_vectors=torch.randn(2, 5, 32))
+    return inputs
+
+
 def model_and_gradients(
-    group: dist.ProcessGroup | None, height: int
+    group: dist.ProcessGroup | None, height: int, kind: str
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """One forward and backward of a small Animate denoiser: 3 frames of height/2 x 3 tokens."""
+    """One forward and backward of a small denoiser: 3 frames of height/2 x 3 tokens."""
     torch.manual_seed(0)
-    model = WanDenoiser(build_dit(SIZE), build_animate_adapter(ADAPTER), text_length=16)
+    adapter = build_animate_adapter(ADAPTER) if kind == "animate" else None
+    model = WanDenoiser(build_dit(SIZES[kind]), adapter, text_length=16)
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * 0.1 + (parameter.ndim == 1)
     if group is not None:
         inject_ulysses(model, group)
-    inputs = dict(
-        hidden_states=torch.randn(2, 16, 3, height, 6), timestep=torch.tensor([321.7, 950.3]),
-        text=torch.randn(2, 16, 32), condition=torch.randn(2, 20, 3, height, 6), clip_features=torch.randn(2, 257, 40),
-        pose_latents=torch.randn(2, 16, 2, height, 6), motion_vectors=torch.randn(2, 5, 32),
-    )  # fmt: skip
-    out = model(**inputs)
+    out = model(**inputs_of(kind, height))
     (out * torch.randn(out.shape)).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     if group is not None:
@@ -53,18 +72,21 @@ def model_and_gradients(
     return out.detach(), gradients
 
 
-def sharded(ulysses: int, height: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def sharded(ulysses: int, height: int, kind: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     dist.init_process_group("gloo")
     dims = ParallelDims(world_size=dist.get_world_size(), ulysses=ulysses)
-    return model_and_gradients(dims.ulysses_group("cpu"), height)
+    return model_and_gradients(dims.ulysses_group("cpu"), height, kind)
 
 
 # 4 rows of tokens: 36 tokens, whole frames for no degree. 2 rows: 18 tokens, 5 a rank at degree 4, so that the
-# last rank holds padding and a span crosses two frames.
-@pytest.mark.parametrize(("ulysses", "height"), [(2, 8), (4, 4), (2, 4)])
-def test_equals_one_rank(ulysses: int, height: int) -> None:
-    expected, expected_gradients = run_ranks(model_and_gradients, 1, None, height, engine="single")[0]
-    for out, gradients in run_ranks(sharded, ulysses, ulysses, height):
+# last rank holds padding and a span crosses two frames, and the first frame lies on two ranks.
+@pytest.mark.parametrize(
+    ("kind", "ulysses", "height"),
+    [("animate", 2, 8), ("animate", 4, 4), ("animate", 2, 4), ("i2v", 2, 4), ("ti2v", 2, 4), ("ti2v", 4, 4)],
+)
+def test_equals_one_rank(kind: str, ulysses: int, height: int) -> None:
+    expected, expected_gradients = run_ranks(model_and_gradients, 1, None, height, kind, engine="single")[0]
+    for out, gradients in run_ranks(sharded, ulysses, ulysses, height, kind):
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
         assert gradients.keys() == expected_gradients.keys()
         for name, gradient in gradients.items():
