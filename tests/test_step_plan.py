@@ -1,5 +1,6 @@
 """Properties of the schedule."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -152,6 +153,18 @@ def test_frequencies() -> None:
     assert not {d.noise_seed for d in draws} & {d.noise_seed for d in second}
     plain = StepPlan(make_index([5, 0, 0], num_known=0), seed=0, global_batch=5).step(0, 1)
     assert {draw.known for draw in true_draws(plain)} == {NO_KNOWN}
+
+
+def test_image_dropout_changes_nothing_else() -> None:
+    with_image, without = (make_plan([400, 0, 0], image_dropout=share) for share in (0.0, 0.3))
+    pairs = [
+        (kept, dropped)
+        for n in range(with_image.steps_per_epoch)
+        for kept, dropped in zip(true_draws(with_image.step(n, 1)), true_draws(without.step(n, 1)))
+    ]
+    assert not any(kept.drop_image for kept, _ in pairs)
+    assert sum(dropped.drop_image for _, dropped in pairs) / 400 == pytest.approx(0.3, abs=0.06)
+    assert [kept for kept, _ in pairs] == [dataclasses.replace(dropped, drop_image=False) for _, dropped in pairs]
 
 
 def test_experts() -> None:

@@ -25,6 +25,9 @@ FILES = {
         *(f"{expert}_noise_model/{file}" for expert in ("high", "low") for file in DIT_FILES),
         *TEXT_FILES, "Wan2.1_VAE.pth",
     ],
+    "i2v-14b-480p": [
+        *DIT_FILES, *TEXT_FILES, "Wan2.1_VAE.pth", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+    ],
     "ti2v-5b": [*DIT_FILES, *TEXT_FILES, "Wan2.2_VAE.pth"],
 }  # fmt: skip
 
@@ -54,6 +57,7 @@ def test_index_and_config_describe_the_files(tiny: tuple[str, Path]) -> None:
     assert index["weight_map"] == held
     config = json.loads((root / "config.json").read_text())
     assert (config["dim"], config["num_heads"], config["in_dim"]) == (96, 8, VARIANTS[name].dit.in_dim)
+    assert config["model_type"] == name.split("-")[0]
 
 
 def test_every_network_loads(tiny: tuple[str, Path]) -> None:

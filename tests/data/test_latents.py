@@ -160,6 +160,21 @@ def test_text_to_video_has_no_more_than_latents_and_text(tmp_path: Path) -> None
     assert dataset.index().num_known == (0, 0)
 
 
+def test_image_to_video_knows_its_first_frame(tmp_path: Path) -> None:
+    """Mask and latents of the first frame, and CLIP features; the mask is not stored."""
+    dataset = LatentsDataset(make_latents(tmp_path, "i2v-14b-480p", rows=[clip_row(0), clip_row(1)]))
+    batch = collate(dataset, [draw(0), draw(1, drop_image=True)])
+    assert {name: tuple(tensor.shape) for name, tensor in batch.items() if name != "text"} == {
+        "latents": (2, 16, 2, 6, 4), "noise": (2, 16, 2, 6, 4), "condition": (2, 20, 2, 6, 4),
+        "clip_features": (2, 257, 64), "sigma": (2,), "weight": (2,), "drop_image": (2,),
+    }  # fmt: skip
+    assert batch["drop_image"].tolist() == [False, True]
+    assert (batch["condition"][:, :4, 0] == 1).all() and not batch["condition"][:, :4, 1:].any()
+    assert torch.equal(batch["condition"][1, 4:], stored(dataset, 1, "image_latents"))
+    assert torch.equal(batch["condition"][:, 4:, 0], batch["latents"][:, :, 0])  # the VAE is causal
+    assert {name for name, key in dataset.keys.items() if key} == {"text", "video", "image"}
+
+
 def test_null_row_that_was_not_cached(latents: Path, tmp_path: Path) -> None:
     for part in ("clips", "text"):
         (tmp_path / part).symlink_to(latents / part)
