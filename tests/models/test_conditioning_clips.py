@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffsynth.pipelines.wan_video import WanVideoUnit_AnimateVideoSplit
 from tiny_clips import clip_row
 
 from wan_accel.data.clips import Clip, load_clip
@@ -105,6 +106,35 @@ def test_pose_latents_change_with_the_targets(encoder: ClipEncoder, first_moved:
     for name in ("latents", "pose_latents"):
         difference = (cell_to_tensor(after[name]).float() - cell_to_tensor(before[name]).float()).abs().amax((0, 2, 3))
         assert (difference[:latent] == 0).all() and (difference[latent:] > 0.05).all(), (name, difference)
+
+
+def marker_columns(latents: torch.Tensor, black: torch.Tensor) -> list[int]:
+    """The column of each latent frame (C, F, h, w) that differs most from the latents of a black video."""
+    difference = latents.float() - black[:, : latents.shape[1]].float()
+    return difference.square().sum(dim=(0, 2)).argmax(dim=1).tolist()
+
+
+def test_moving_marker_is_at_the_same_place_in_pose_and_target(encoder: ClipEncoder) -> None:
+    """What the denoiser pairs (target latent k, pose latent k) shows the marker at the same place in every frame.
+
+    diffsynth pairs pose latent k - 1 with target latent k of the same video: its marker is a step behind.
+    """
+    clip = load_clip(clip_row(0, num_frames=13, hw=(32, 128)))
+    frames, pose = np.zeros((13, 32, 128, 3), np.uint8), clip.pose_keypoints.copy()
+    step = (np.arange(13) + 3) // 4  # of the latent frame that a frame is in
+    for frame, left in enumerate(24 + 24 * step):
+        frames[frame, 4:28, left : left + 8] = 255
+        pose[frame, :8, 0] = left + 4
+        pose[frame, :8, 1] = np.linspace(4, 28, 8)
+    columns = encoder.encode(dataclasses.replace(clip, frames_rgb=frames, pose_keypoints=pose), modes=MODES)
+    black = encoder.video(-torch.ones(3, 13, 32, 128))
+    target, posed = (marker_columns(cell_to_tensor(columns[name]), black) for name in ("latents", "pose_latents"))
+    assert np.diff(target).tolist() == np.diff(posed).tolist() == [3, 3, 3]  # columns a latent frame
+    assert np.abs(np.subtract(target, posed)).max() <= 1  # a bar and thin lines
+    unit = WanVideoUnit_AnimateVideoSplit()
+    split = unit.process(None, list(frames), list(draw_poses(pose, (32, 128))), None, None, None)
+    theirs = marker_columns(encoder.video(to_pixels(np.stack(split["animate_pose_video"]))), black)
+    assert theirs == posed[:-1]  # and these are added to latent frames 1.., a step further on
 
 
 def test_text_to_video_needs_no_more_than_the_video(tmp_path: Path, clip: Clip) -> None:
