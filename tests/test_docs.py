@@ -5,6 +5,7 @@ import pytest
 
 from preprocessing.types import PreprocessProfile
 from wan_accel.data.schema import QUALITY
+from wan_accel.models.variants import VARIANTS, Variant
 
 GUIDE = (Path(__file__).parents[1] / "docs/ANIMATE_PREPROCESSING.md").read_text()
 
@@ -24,3 +25,11 @@ def test_the_guides_pictures_exist():
     assert pictures
     for picture in pictures:
         assert (Path(__file__).parents[1] / "docs/images" / picture).is_file()
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_every_variant_is_explained(variant: Variant):
+    training = (Path(__file__).parents[1] / "docs/TRAINING.md").read_text()
+    row = next(line for line in training.splitlines() if line.startswith(f"| `{variant.name}` | "))
+    assert f"| {variant.hub_id} |" in row
+    assert row.endswith(f"| {variant.shift:g}, {variant.num_frames}, {variant.fps:g} |")
