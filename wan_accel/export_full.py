@@ -16,8 +16,6 @@ from wan_accel.models.variants import TEXT_LENGTH, Variant
 STEM = "diffusion_pytorch_model"
 INDEX_NAME = f"{STEM}.safetensors.index.json"
 MAX_SHARD_BYTES = 10 * 10**9
-# `model_type` of the original config.json, by what a denoiser takes beside noise and text.
-_MODEL_TYPES = {"pose": "animate", "clip": "i2v", "first_frame": "i2v"}
 
 
 def full_names(trained: Mapping[str, Tensor], base: CheckpointReader) -> list[str]:
@@ -106,12 +104,11 @@ def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> Non
 def original_config(variant: Variant, base: CheckpointReader) -> dict[str, object]:
     """The config.json of Wan's own code for a DiT of these shapes."""
     size = dit_size_from_shapes(base.shapes, num_heads=base.num_heads)
-    kind = next((_MODEL_TYPES[key] for key in _MODEL_TYPES if key in variant.conditioning), "t2v")
     fields = ("dim", "eps", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim")
     return {
         "_class_name": "WanAnimateModel" if variant.has_animate_adapter else "WanModel",
         "_diffusers_version": "0.30.0",
-        "model_type": "ti2v" if size.in_dim == 48 else kind,
+        "model_type": variant.model_type,
         "text_len": TEXT_LENGTH,
         **{name: getattr(size, name) for name in fields},
     }

@@ -10,7 +10,7 @@ from wan_accel.models.variants import Variant
 _DIFFSYNTH_MODELS = {"default": "pipe.dit", "high": "pipe.dit", "low": "pipe.dit2"}
 _DIFFUSERS_ARGUMENTS = {"default": "", "high": "", "low": ", load_into_transformer_2=True"}
 _COMFYUI_MODELS = {"default": "the model", "high": "the high-noise model", "low": "the low-noise model"}
-_PIPELINE_TAGS = {"pose": "video-to-video", "first_frame": "image-to-video"}
+_PIPELINE_TAGS = {"pose": "video-to-video", "first_frame": "image-to-video", "fused_first_frame": "image-to-video"}
 _PEFT = """\
 from peft import PeftModel
 from wan_accel import load_wan

@@ -41,8 +41,6 @@ LATENT_STD = 1.0
 NUM_SHARDS = 2
 # Order and names of umT5's special tokens; padding must be 0 and the end 1.
 _SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
-# `model_type` of config.json by the condition that tells a kind of model; t2v has none.
-_MODEL_TYPES = {"pose": "animate", "first_frame": "i2v", "fused_first_frame": "ti2v"}
 
 
 def init_tiny(variant: str, out: Path, *, seed: int = 0) -> None:
@@ -103,7 +101,7 @@ def _write_dit(variant: Variant, folder: Path) -> None:
     config = {
         "_class_name": "WanAnimateModel" if variant.has_animate_adapter else "WanModel",
         "_diffusers_version": "0.30.0",
-        "model_type": next((_MODEL_TYPES[kind] for kind in variant.conditioning if kind in _MODEL_TYPES), "t2v"),
+        "model_type": variant.model_type,
         "text_len": TEXT_LENGTH,
         **{
             name: getattr(size, name)

@@ -7,6 +7,7 @@ from typing import Literal
 # Inputs that a denoiser can take beside the noisy latents, the timestep and the text embeddings. The first frame is
 # joined to the channels of the noisy latents (`first_frame`), or stands in them as it is (`fused_first_frame`).
 Conditioning = Literal["reference", "pose", "face", "known", "clip", "first_frame", "fused_first_frame"]
+_MODEL_TYPES: dict[Conditioning, str] = {"pose": "animate", "first_frame": "i2v", "fused_first_frame": "ti2v"}
 
 
 # As `model.expert`: both experts of a pair in one run.
@@ -83,6 +84,11 @@ class Variant:
     @property
     def has_animate_adapter(self) -> bool:
         return "pose" in self.conditioning
+
+    @property
+    def model_type(self) -> str:
+        """What the original's config.json calls such a model."""
+        return next((_MODEL_TYPES[kind] for kind in self.conditioning if kind in _MODEL_TYPES), "t2v")
 
     @property
     def takes_first_frame(self) -> bool:
