@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from wan_accel.models.variants import Variant
 
 ADAPTER_NAME = "default"
+# Words of `method.target_modules` for groups of layers; `default` is the variant's own.
+TARGET_GROUPS = {
+    "face": ("linear1_q", "linear1_kv", "linear2"),  # of face_adapter.fuser_blocks (Animate)
+    "image": ("cross_attn.k_img", "cross_attn.v_img"),  # the CLIP image branch (Wan2.1 i2v, Animate)
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,15 +32,15 @@ class LoraSettings:
 
 
 def inject_lora(model: nn.Module, settings: LoraSettings, variant: Variant) -> nn.Module:
-    """Freeze `model` and put fp32 adapters on the targets' linear layers inside the transformer blocks.
+    """Freeze `model` and put fp32 adapters on the targets' linear layers.
 
-    `target_modules` are name suffixes as in peft; empty means the variant's default. On the meta device the
-    adapters are on meta too: fill them with `init_lora` after the model is materialised.
+    `target_modules` are whole names or name suffixes as in peft, or words for groups of them (`expand_targets`). On
+    the meta device the adapters are on meta too: fill them with `init_lora` after the model is materialised.
 
     Raises:
-        ValueError: no layer matches.
+        ValueError: a target matches no layer.
     """
-    targets = settings.target_modules or variant.lora_targets
+    targets = expand_targets(settings.target_modules, variant)
     names = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and _matches(name, targets)
     ]
@@ -43,7 +48,7 @@ def inject_lora(model: nn.Module, settings: LoraSettings, variant: Variant) -> n
     if missing:
         raise ValueError(
             f"method.target_modules: {', '.join(missing)} match no linear layer of {variant.name}: "
-            f"use names such as {', '.join(variant.lora_targets)}"
+            f"use names such as {', '.join(variant.lora_targets)}, or {', '.join(['default', *TARGET_GROUPS])}"
         )
     model.requires_grad_(False)
     # peft annotates an int and computes with any number.
@@ -59,8 +64,15 @@ def inject_lora(model: nn.Module, settings: LoraSettings, variant: Variant) -> n
     return model
 
 
+def expand_targets(targets: tuple[str, ...], variant: Variant) -> tuple[str, ...]:
+    """Targets with the words for groups replaced; the variant's default for none."""
+    groups = {"default": variant.lora_targets, **TARGET_GROUPS}
+    expanded = [part for target in targets or ("default",) for part in groups.get(target, (target,))]
+    return tuple(dict.fromkeys(expanded))
+
+
 def _matches(name: str, targets: tuple[str, ...]) -> bool:
-    return name.startswith("blocks.") and any(name.endswith(f".{target}") for target in targets)
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def is_lora(name: str) -> bool:

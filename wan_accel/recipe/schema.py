@@ -43,6 +43,8 @@ class Method:
     """LoRA (names as in peft.LoraConfig) or full training.
 
     `init_from` is what training starts from: a LoRA file of any tool, or for full training a DiT in any layout.
+    `target_modules` are name suffixes of linear layers, or words for groups of them: default, face, image
+    (`wan_accel.lora`).
     """
 
     __pydantic_config__ = _STRICT
