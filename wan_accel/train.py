@@ -16,6 +16,7 @@ from wan_accel import checkpoint
 from wan_accel.arguments import WanTrainingArguments
 from wan_accel.assemble import Techniques, assemble_experts, launched_engine, launched_replicas
 from wan_accel.data.latents import LatentsDataset
+from wan_accel.logs import log_failure, log_to_file, start_logging
 from wan_accel.lora import LoraSettings
 from wan_accel.metrics import write_run_state
 from wan_accel.models.checkpoint_files import condition_keys
@@ -26,7 +27,7 @@ from wan_accel.parallel.cpu import enable_fsdp_on_cpu
 from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.recipe.arguments import training_arguments
 from wan_accel.recipe.check import check
-from wan_accel.recipe.commandline import log_on_main_rank, parse_overrides, recipe_parser
+from wan_accel.recipe.commandline import parse_overrides, recipe_parser
 from wan_accel.recipe.load import load_recipe, to_yaml
 from wan_accel.recipe.schema import Recipe
 from wan_accel.step_plan import SampleDraw, StepPlan, fixed_draws, split_groups
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = recipe_parser("Train a recipe.")
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
     arguments = parse_overrides(parser, argv)
-    log_on_main_rank()
+    start_logging()
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         if arguments.print_config:
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         resume = resume_path(recipe, trainer.args)
         if trainer.args.should_save:  # only now: a run that is refused must not touch another one's folder
             write_run_file(recipe, trainer.args, trainer.source.keys)
+        log_to_file(trainer.output_dir, trainer.args.process_index)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -216,6 +218,7 @@ def run(trainer: WanTrainer, resume: str | None) -> int:
         if checkpoint.last_checkpoint(output) != output / f"checkpoint-{trainer.state.global_step}":
             trainer._save_checkpoint(trainer.model_wrapped)
     except BaseException as error:
+        log_failure(error)
         if args.should_save:
             write_run_state(output, "failed", trainer.state.global_step, f"{type(error).__name__}: {error}")
         raise
