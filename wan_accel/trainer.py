@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback
+from transformers.training_args import OptimizerNames
 
 from wan_accel import checkpoint
 from wan_accel.arguments import WanTrainingArguments
@@ -40,6 +41,7 @@ from wan_accel.models.pair import ExpertPair, experts_of, split_by_expert
 from wan_accel.models.variants import Expert, Variant
 from wan_accel.noising import noise_batch
 from wan_accel.objective import NoiseLevels, loss_weight, per_sample_mse, step_loss
+from wan_accel.optimizers import optimizer_problem
 from wan_accel.parallel.engine import detect_engine
 from wan_accel.parallel.fsdp import assert_sharded, fully_shard_denoiser
 from wan_accel.parallel.mesh import ParallelDims
@@ -126,6 +128,9 @@ class WanTrainer(Trainer):
             self.dims.validate(denoiser.num_heads)
             self._apply_parallelism(denoiser)
         self._step_experts: list[str] = []
+        problem = optimizer_problem(OptimizerNames(args.optim).value, self.engine)
+        if problem is not None:
+            raise ValueError(problem)
         self._step_tokens = 0
         self._logged = _Interval()
 

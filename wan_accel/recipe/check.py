@@ -8,6 +8,7 @@ import yaml
 
 from wan_accel.models.hub import is_hub_id
 from wan_accel.models.variants import Variant, get_variant
+from wan_accel.optimizers import optimizer_problem
 from wan_accel.parallel.degrees import usable_degrees
 from wan_accel.recipe.schema import Objective, Recipe
 
@@ -36,6 +37,7 @@ def check(
             f"model.revision={recipe.model.revision} is of a hub id, and model.checkpoint={recipe.model.checkpoint} is "
             "a local folder: remove the key"
         )
+    problems += _check_method(recipe, engine)
     for key, path in (("data.latents", recipe.data.latents), ("data.clips", recipe.data.clips)):
         if path is not None and "://" in path:
             problems.append(
@@ -97,6 +99,14 @@ def _check_objective(objective: Objective) -> list[str]:
         for name, density in _DENSITY_OF.items()
         if name in given and objective.density != density
     ]
+
+
+def _check_method(recipe: Recipe, engine: str | None) -> list[str]:
+    problems = []
+    optim = optimizer_problem(recipe.training.get("optim", "adamw_torch"), engine)
+    if optim is not None:
+        problems.append(optim)
+    return problems
 
 
 def _check_parallel(recipe: Recipe, world_size: int | None, num_heads: int | None) -> list[str]:

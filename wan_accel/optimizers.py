@@ -1,0 +1,33 @@
+"""Which optimizers train correctly on which engine. Torch-free."""
+
+# Names of transformers' OptimizerNames, each with the engines on which it is not right, and why.
+_UNUSABLE: dict[str, dict[str, str]] = {
+    "adamw_torch": {},
+    "adamw_torch_fused": {},
+    "sgd": {},
+    # transformers' Adafactor makes its row and column statistics as plain tensors, which do not mix with sharded
+    # parameters; DeepSpeed hands it flat slices of many parameters, which have no rows.
+    "adafactor": {
+        "fsdp2": "it cannot work on sharded parameters",
+        "zero3": "ZeRO-3 gives it flat slices, so that its row and column statistics would mean nothing",
+    },
+    # torchao quantizes a tensor only if 256 divides its elements; of ZeRO's flat slices that is true by chance.
+    "adamw_torch_8bit": {"zero3": "ZeRO-3 gives it flat slices, which it would mostly leave unquantized"},
+}
+_SHARDED_LIKE = {"hsdp": "fsdp2"}
+
+
+def usable_optimizers(engine: str | None = None) -> list[str]:
+    """Optimizers for `training.optim` on an engine; on any engine where it is None."""
+    engine = _SHARDED_LIKE.get(engine or "", engine)
+    return [name for name, refused in _UNUSABLE.items() if engine not in refused]
+
+
+def optimizer_problem(optim: str, engine: str | None = None) -> str | None:
+    """What is wrong with `training.optim` on an engine (`single`, `ddp`, `fsdp2`, `hsdp`, `zero3`), None if nothing."""
+    usable = usable_optimizers(engine)
+    if optim in usable:
+        return None
+    where = f" with {engine}" if engine else ""
+    reason = _UNUSABLE.get(optim, {}).get(_SHARDED_LIKE.get(engine or "", engine or ""), "it is not tested here")
+    return f"training.optim={optim} cannot be used{where}: {reason}; use {', '.join(usable)}"
