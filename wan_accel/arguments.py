@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from wan_accel.ema import EmaDevice
 from wan_accel.objective import Density, Weighting
 
 
@@ -23,6 +24,8 @@ class WanTrainingArguments(TrainingArguments):
     caption_dropout, face_dropout: probabilities of replacing the caption or face by its null condition.
     image_dropout: probability of leaving a fused first frame out (ti2v-5b trains on text alone then).
     eval_sigmas: noise levels at which each validation sample is evaluated.
+    ema_decay, ema_update_every, ema_device: the moving average (`wan_accel.ema`); decay 0 means none.
+    eval_ema: validate the moving average instead of the weights.
     """
 
     remove_unused_columns: bool = False
@@ -48,3 +51,7 @@ class WanTrainingArguments(TrainingArguments):
     face_dropout: float = 0.0
     image_dropout: float = 0.0
     eval_sigmas: int = 8
+    ema_decay: float = 0.0
+    ema_update_every: int = 1
+    ema_device: EmaDevice = "accelerator"
+    eval_ema: bool = False

@@ -4,6 +4,7 @@ checkpoint-<step>/
   manifest.json            format, engine, step, what is trained; written last
   model/                   torch.distributed.checkpoint: trained weights and optimizer (single, DDP, FSDP2)
   zero/<expert>/           DeepSpeed's own format (ZeRO-3)
+  ema/                     moving averages of the trained weights, if the run keeps them (wan_accel.ema)
   trainer_state.json  scheduler.pt  rng_state*.pth  recipe.yaml
 """
 
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from wan_accel.ema import read_ema
 from wan_accel.models.variants import BOTH
 from wan_accel.parallel.engine import Engine
 
@@ -38,6 +40,7 @@ _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 # fp32 weights and AdamW's two moments; the rest of a checkpoint is small.
 _BYTES_PER_ELEMENT = 12
+_EMA_BYTES_PER_ELEMENT = 4
 
 
 class NoSpaceError(ValueError):
@@ -93,13 +96,14 @@ def barrier() -> None:
         dist.barrier()
 
 
-def check_space(output_dir: Path, trained: dict[str, list[int]]) -> None:
+def check_space(output_dir: Path, trained: dict[str, list[int]], *, has_ema: bool = False) -> None:
     """Check that the disk holds a checkpoint of these tensors, before anything is written.
 
     Raises:
         NoSpaceError: it does not. Checkpoints that are there already are untouched.
     """
-    needed = _BYTES_PER_ELEMENT * sum(math.prod(shape) for shape in trained.values())
+    bytes_per_element = _BYTES_PER_ELEMENT + _EMA_BYTES_PER_ELEMENT * has_ema
+    needed = bytes_per_element * sum(math.prod(shape) for shape in trained.values())
     existing = next(path for path in (output_dir, *output_dir.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -195,11 +199,7 @@ def read_trained(folder: Path, *, ema: bool = False) -> dict[str, Tensor]:
     """
     manifest = read_manifest(folder)
     if ema:
-        if not (folder / "ema").is_dir():
-            raise ValueError(f"{folder} has no moving average: train with method.ema, or leave --ema out")
-        averages = {"ema": {name: torch.empty(shape) for name, shape in manifest.trained.items()}}
-        dcp.load(averages, checkpoint_id=str(folder / "ema"), no_dist=True)
-        return averages["ema"]
+        return read_ema(folder, manifest.trained)
     if manifest.engine == "zero3":
         return _read_zero(folder, manifest)
     state = {"model": {name: torch.empty(shape) for name, shape in manifest.trained.items()}}

@@ -17,7 +17,7 @@ Trainer methods that are overridden, checked against transformers 5.17 to 5.23 (
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from wan_accel import checkpoint
 from wan_accel.arguments import WanTrainingArguments
 from wan_accel.checkpoint import Manifest
 from wan_accel.data.collate import MicroBatch, SampleSource, StepDataset, collate
+from wan_accel.ema import Ema, EmaCallback, start_ema
 from wan_accel.lora import LoraSettings
 from wan_accel.metrics import MetricsCallback, peak_gib
 from wan_accel.models.denoiser import WanDenoiser, inject_ulysses
@@ -109,7 +110,7 @@ class WanTrainer(Trainer):
             args=args,
             train_dataset=train_dataset,
             eval_dataset=list(eval_draws) or None,
-            callbacks=[MetricsCallback(), *callbacks],
+            callbacks=[MetricsCallback(), EmaCallback(self), *callbacks],
         )
         self.model_accepts_loss_kwargs = False
         self.source = train_dataset
@@ -131,6 +132,7 @@ class WanTrainer(Trainer):
         problem = optimizer_problem(OptimizerNames(args.optim).value, self.engine)
         if problem is not None:
             raise ValueError(problem)
+        self.ema: Ema | None = None
         self._step_tokens = 0
         self._logged = _Interval()
 
@@ -177,6 +179,7 @@ class WanTrainer(Trainer):
         else:
             model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
             self.lanes = {self.expert: model}
+        self.ema = start_ema(self.args, self._unwrapped, is_zero3=self.engine == "zero3")
         if resume_from_checkpoint is not None:
             self._resume(Path(resume_from_checkpoint), model)
         for name in ("model", "optimizer", "lr_scheduler"):
@@ -298,11 +301,25 @@ class WanTrainer(Trainer):
         """The norm that `_clip_grad_norm` returned; with `max_grad_norm: 0` nothing is clipped and none is logged."""
         return grad_norm
 
+    def stepped_names(self) -> list[str]:
+        """Trained parameters that the optimizer has just stepped, before their gradients are cleared."""
+        trained = {name: p for name, p in self._unwrapped.named_parameters() if p.requires_grad}
+        if self.engine != "zero3":
+            return [name for name, parameter in trained.items() if parameter.grad is not None]
+        # Engines have cleared theirs by now.
+        stepped = set(self._step_experts)
+        is_pair = isinstance(self.model, ExpertPair)
+        return [name for name in trained if (name.split(".")[0] if is_pair else self.expert) in stepped]
+
     def _clip_lane(self, lane: nn.Module) -> Tensor | float:
         if self.engine == "zero3":
             return lane.get_global_grad_norm()  # type: ignore[operator]  # the engine has clipped and stepped already
         norm = self.accelerator.clip_grad_norm_(lane.parameters(), self.args.max_grad_norm)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    @property
+    def _unwrapped(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self._module)
 
     # ---- checkpoints ----
 
@@ -316,6 +333,8 @@ class WanTrainer(Trainer):
                 engine.save_checkpoint(str(checkpoint.zero_folder(folder, expert)), exclude_frozen_parameters=True)
         else:
             checkpoint.save_weights(folder, model, self._plain_optimizer)
+        if self.ema is not None:
+            self.ema.save(folder, is_main=is_main)
         self._save_rng_state(str(folder))
         if is_main:
             assert self.lr_scheduler is not None
@@ -325,7 +344,7 @@ class WanTrainer(Trainer):
 
     def check_space(self) -> None:
         """Raise NoSpaceError unless the disk holds another checkpoint. Every rank looks at the same disk."""
-        checkpoint.check_space(self.output_dir, self._manifest(0).trained)
+        checkpoint.check_space(self.output_dir, self._manifest(0).trained, has_ema=bool(self.args.ema_decay))
 
     def _manifest(self, step: int) -> Manifest:
         lora = None
@@ -406,6 +425,8 @@ class WanTrainer(Trainer):
                 engine.load_checkpoint(str(checkpoint.zero_folder(folder, expert)), load_module_strict=False)
         else:
             checkpoint.load_weights(folder, model, self._plain_optimizer)
+        if self.ema is not None:
+            self.ema.load(folder)
         assert self.lr_scheduler is not None
         self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
 
@@ -415,11 +436,16 @@ class WanTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Mean loss over the fixed draws, and that of predicting zero. Collective."""
-        sums = self.fixed_losses(self.eval_draws)
+        with self.evaluated_weights():
+            sums = self.fixed_losses(self.eval_draws)
         metrics = {f"{metric_key_prefix}_loss": sums[0], f"{metric_key_prefix}_zero_loss": sums[1]}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def evaluated_weights(self) -> AbstractContextManager[None]:
+        """The weights that validation looks at: the moving average where asked for, and there is one already."""
+        return self.ema.swapped() if self.args.eval_ema and self.ema is not None else nullcontext()
 
     @torch.no_grad()
     def fixed_losses(self, draws: Sequence[SampleDraw]) -> tuple[float, float]:

@@ -56,7 +56,7 @@ def train(output_dir: str, engine: str, world_size: int, ulysses: int, resume: s
         output_dir=output_dir, max_steps=NUM_STEPS, learning_rate=ADAMW["lr"], logging_steps=1, save_steps=1,
         save_total_limit=None, use_cpu=engine != "zero3", ddp_backend="gloo" if world_size > 1 else None,
         lr_scheduler_type="constant", global_batch=4, ulysses=ulysses, weight_decay=0.01, disable_tqdm=True,
-        max_grad_norm=MAX_NORM,
+        max_grad_norm=MAX_NORM, ema_decay=0.5,
     )  # fmt: skip
     device = args.device  # sets the process group up
     source = SyntheticSource(PAIR.name)
@@ -132,9 +132,14 @@ def test_a_pair_equals_two_plain_loops(
         for name, value in weights[number].items():
             bound = 1e-5 * max(value.norm().item(), 1.0)
             assert (found[name] - value).norm().item() <= bound, (number, name)
-    only_high = steps.index({"high"})  # the step from checkpoint-N to checkpoint-(N + 1)
-    before, after = (checkpoint.read_trained(tmp_path / f"checkpoint-{only_high + after}") for after in (0, 1))
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if name.startswith("low."))
+    only_high = steps.index({"high"}, 1)  # the step from checkpoint-N to checkpoint-(N + 1)
+    for ema in (False, True):
+        folders = [tmp_path / f"checkpoint-{only_high + after}" for after in (0, 1)]
+        before, after = (checkpoint.read_trained(folder, ema=ema) for folder in folders)
+        assert all(torch.equal(after[name], tensor) == name.startswith("low.") for name, tensor in before.items())
+    counts = json.loads((tmp_path / f"checkpoint-{NUM_STEPS}" / "ema" / "ema.json").read_text())["steps"]
+    taken = {name: sum(name in step for step in steps) for name in ("high", "low")}
+    assert counts == {name: taken[name.split(".")[0]] for name in weights[-1]}
 
 
 @pytest.mark.parametrize("layout", ["single", "fsdp2-2", "zero3-2"])
@@ -150,8 +155,9 @@ def test_a_pair_is_resumed_exactly_where_one_expert_has_no_optimizer_state(layou
     )[0]["logs"]  # fmt: skip
     assert [line["loss"] for line in resumed] == [line["loss"] for line in whole]
     last = f"checkpoint-{NUM_STEPS}"
-    left, right = (checkpoint.read_trained(tmp_path / folder / last) for folder in ("a", "b"))
-    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    for ema in (False, True):
+        left, right = (checkpoint.read_trained(tmp_path / folder / last, ema=ema) for folder in ("a", "b"))
+        assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
     manifest = json.loads((tmp_path / "b" / last / "manifest.json").read_text())
     assert manifest["expert"] == "both"
 

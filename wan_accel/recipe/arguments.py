@@ -191,7 +191,11 @@ def training_arguments(recipe: Recipe) -> dict[str, Any]:
         "mode_scale": objective.mode_scale,
         "weighting": "bell" if is_diffsynth else objective.weighting,
         "eval_sigmas": recipe.validation.sigmas,
+        "eval_ema": recipe.validation.ema,
     }
+    if recipe.method.ema is not None:
+        ema = recipe.method.ema
+        arguments |= {"ema_decay": ema.decay, "ema_update_every": ema.update_every, "ema_device": ema.device}
     if recipe.validation.every_steps:
         arguments |= {
             "eval_strategy": "steps",

@@ -106,6 +106,8 @@ def _check_method(recipe: Recipe, engine: str | None) -> list[str]:
     optim = optimizer_problem(recipe.training.get("optim", "adamw_torch"), engine)
     if optim is not None:
         problems.append(optim)
+    if recipe.validation.ema and recipe.method.ema is None:
+        problems.append("validation.ema=true without a moving average: set method.ema, e.g. {decay: 0.9999}")
     return problems
 
 

@@ -39,6 +39,16 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MovingAverage:
+    """An exponential moving average of the trained weights, updated every so many optimizer steps, in fp32."""
+
+    __pydantic_config__ = _STRICT
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999
+    update_every: Positive = 1
+    device: Literal["accelerator", "cpu"] = "accelerator"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
     """LoRA (names as in peft.LoraConfig) or full training.
 
@@ -53,6 +63,7 @@ class Method:
     lora_alpha: Annotated[float, Field(gt=0)] = 32.0
     target_modules: Literal["default"] | list[str] = "default"
     init_from: str | None = None
+    ema: MovingAverage | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,11 +150,15 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Validation:
-    """Fixed-noise loss every so many steps, at `sigmas` noise levels a clip; 0 steps means never."""
+    """Fixed-noise loss every so many steps, at `sigmas` noise levels a clip; 0 steps means never.
+
+    `ema` validates the moving average (`method.ema`) instead of the weights.
+    """
 
     __pydantic_config__ = _STRICT
     every_steps: Annotated[int, Field(ge=0)] = 0
     sigmas: Positive = 8
+    ema: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,218 @@
+"""An exponential moving average of the trained weights: kept in fp32, saved, restored and swapped in for validation.
+
+checkpoint-<step>/ema/
+  .metadata *.distcp       torch.distributed.checkpoint of {"ema": {name: tensor}}, names as in the manifest
+  ema.json                 decay, update_every, optimizer steps a tensor has seen
+"""
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from wan_accel.arguments import WanTrainingArguments
+
+FOLDER = "ema"
+_STATE = "ema.json"
+EmaDevice = Literal["accelerator", "cpu"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmaSettings:
+    """ema = d * ema + (1 - d) * weight every `update_every` optimizer steps; d rises to `decay` (`decay_after`).
+
+    device: `accelerator` keeps 4 bytes a trained weight on the GPU (divided by the shards), `cpu` in host memory,
+        for a copy from the GPU at every update.
+    """
+
+    decay: float
+    update_every: int = 1
+    device: EmaDevice = "accelerator"
+
+    def decay_after(self, num_updates: int) -> float:
+        """d of the next update after `num_updates`: min(decay, (1 + n) / (10 + n)), as tf.train's moving average."""
+        return min(self.decay, (1 + num_updates) / (10 + num_updates))
+
+
+class Ema:
+    """Averages of a model's trained parameters, sharded as they are.
+
+    Args:
+        model: the unwrapped model, its weights loaded; under ZeRO-3 with an initialised DeepSpeed engine.
+        settings: decay and place.
+        is_zero3: average this rank's slices of the optimizer's fp32 masters. Collective: it makes a process group.
+    """
+
+    def __init__(self, model: nn.Module, settings: EmaSettings, *, is_zero3: bool = False) -> None:
+        self.settings = settings
+        self.model = model
+        self.is_zero3 = is_zero3
+        self._parameters: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        device = torch.device("cpu") if settings.device == "cpu" else None
+        self.shadow: dict[str, Tensor] = {
+            name: value.to(device=device or value.device, dtype=torch.float32, copy=True)
+            for name, value in self._live_tensors().items()
+        }
+        self.steps = dict.fromkeys(self.shadow, 0)
+
+    def _live_tensors(self) -> dict[str, Tensor]:
+        """The weights as tensors that torch.distributed.checkpoint understands: whole or DTensors."""
+        if not self.is_zero3:
+            return {name: parameter.detach() for name, parameter in self._parameters.items()}
+        device_type = next(iter(self._parameters.values())).device.type
+        mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+        # A slice is one of the equal parts of the flattened and padded parameter.
+        return {name: DTensor.from_local(self._current(name), mesh, [Shard(0)]) for name in self._parameters}
+
+    def _current(self, name: str) -> Tensor:
+        """This rank's part of a weight."""
+        parameter = self._parameters[name]
+        if self.is_zero3:
+            from deepspeed.utils import safe_get_local_fp32_param
+
+            return safe_get_local_fp32_param(parameter)
+        return _local(parameter.detach())
+
+    @torch.no_grad()
+    def update(self, names: Collection[str] | None = None) -> None:
+        """Take an optimizer step into the average.
+
+        Args:
+            names: parameters that the optimizer has stepped, all by default; the others and their counts stay.
+        """
+        due: dict[float, list[str]] = {}
+        for name in self.shadow if names is None else names:
+            self.steps[name] += 1
+            if self.steps[name] % self.settings.update_every == 0:
+                num_updates = self.steps[name] // self.settings.update_every - 1
+                due.setdefault(self.settings.decay_after(num_updates), []).append(name)
+        for decay, group in due.items():
+            averages = [_local(self.shadow[name]) for name in group]
+            weights = [self._current(name).to(average) for name, average in zip(group, averages)]
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Put the averages into the model, and the weights back afterwards, bit for bit. Collective."""
+        self._put_averages()
+        try:
+            yield
+        finally:
+            self._put_weights_back()
+
+    def _put_averages(self) -> None:
+        if self.is_zero3:
+            for name, parameter in self._parameters.items():
+                average = self.shadow[name].to(parameter.device)
+                assert isinstance(average, DTensor)
+                _set_gathered(parameter, average.full_tensor()[: parameter.ds_numel])
+        else:
+            self._exchange()
+
+    def _put_weights_back(self) -> None:
+        if self.is_zero3:  # the forward weights are a rounded copy of the masters, which were not touched
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            for parameter in self._parameters.values():
+                _set_gathered(parameter, safe_get_full_fp32_param(parameter))
+        else:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Swap weights and averages in place; both are fp32, so doing it twice changes nothing."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what is still gathered would not see its new shards
+        for name, average in self.shadow.items():
+            weight, average = self._current(name), _local(average)
+            assert weight.dtype == average.dtype, f"{name} is trained in {weight.dtype}"
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+    def save(self, folder: Path, *, is_main: bool) -> None:
+        """Write `folder`/ema. Collective."""
+        dcp.save({"ema": self.shadow}, checkpoint_id=str(folder / FOLDER), no_dist=not dist.is_initialized())
+        if is_main:
+            state = {"decay": self.settings.decay, "update_every": self.settings.update_every, "steps": self.steps}
+            (folder / FOLDER / _STATE).write_text(json.dumps(state))
+
+    def load(self, folder: Path) -> None:
+        """Load what `save` wrote, on any number of ranks (the same number under ZeRO-3). Collective.
+
+        Raises:
+            ValueError: the checkpoint has no average.
+        """
+        path = folder / FOLDER
+        if not (path / _STATE).is_file():
+            raise ValueError(
+                f"{folder} has no moving average but the recipe asks for one: remove method.ema to go on without it, "
+                "or start a new run from the exported weights"
+            )
+        self.steps = json.loads((path / _STATE).read_text())["steps"]
+        dcp.load({"ema": self.shadow}, checkpoint_id=str(path), no_dist=not dist.is_initialized())
+
+
+def start_ema(args: "WanTrainingArguments", model: nn.Module, *, is_zero3: bool) -> Ema | None:
+    """The average that the arguments ask for, None without one; `model` as for `Ema`."""
+    if not args.ema_decay:
+        return None
+    settings = EmaSettings(decay=args.ema_decay, update_every=args.ema_update_every, device=args.ema_device)
+    return Ema(model, settings, is_zero3=is_zero3)
+
+
+class EmaCallback(TrainerCallback):
+    """Updates a trainer's average after every optimizer step, before gradients are cleared."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        if self.trainer.ema is not None:
+            self.trainer.ema.update(self.trainer.stepped_names())
+
+
+def read_ema(folder: Path, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    """Read a checkpoint's averages whole, on one process: fp32 tensors of the given shapes.
+
+    Raises:
+        ValueError: the checkpoint has no average.
+    """
+    path = folder / FOLDER
+    if not (path / _STATE).is_file():
+        raise ValueError(f"{folder} has no moving average: train with method.ema, or leave --ema out")
+    stored: Mapping[str, Any] = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
+    state = {"ema": {name: torch.empty(stored[f"ema.{name}"].size) for name in shapes}}
+    dcp.load(state, checkpoint_id=str(path), no_dist=True)
+    # ZeRO-3 writes them flat, padded to equal slices.
+    return {name: tensor.flatten()[: _numel(shapes[name])].view(shapes[name]) for name, tensor in state["ema"].items()}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _numel(shape: Collection[int]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _set_gathered(parameter: Any, value: Tensor) -> None:
+    """Give a ZeRO-3 parameter's forward copy a value that every rank has whole. Collective."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        if dist.get_rank() == 0:
+            parameter.data.copy_(value.view(parameter.ds_shape))
