@@ -153,6 +153,21 @@ def test_bad_input(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture) ->
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_diverges_stops_with_one_message(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    arguments = [str(root / "recipe.yaml"), f"training.output_dir={run}", "training.learning_rate=1e30"]
+    assert train.main(arguments) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: step 2: the loss is not finite for square")
+    assert "there is no checkpoint yet" in message and "objective.on_nan: skip" in message
+    saved = torch.load(run / "nan-step-2-rank-0.pt", weights_only=True)
+    assert all(clip in message for micro in saved["clips"] for clip in micro)
+    assert "NonFiniteError: step 2" in (run / "logs" / "rank-0.log").read_text()
+    assert json.loads((run / "run_state.json").read_text())["state"] == "failed"
+
+
 def test_output_of_another_run(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = [str(root / "recipe.yaml"), f"training.output_dir={tmp_path / 'run'}", "training.max_steps=3"]
     assert train.main(arguments) == 0

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from wan_accel.ema import EmaDevice
+from wan_accel.nonfinite import OnNan
 from wan_accel.objective import Density, Weighting
 
 
@@ -26,6 +27,7 @@ class WanTrainingArguments(TrainingArguments):
     eval_sigmas: noise levels at which each validation sample is evaluated.
     ema_decay, ema_update_every, ema_device: the moving average (`wan_accel.ema`); decay 0 means none.
     eval_ema: validate the moving average instead of the weights.
+    on_nan: `stop` or `skip` a step whose loss or gradient is not finite (`wan_accel.nonfinite`).
     """
 
     remove_unused_columns: bool = False
@@ -55,3 +57,4 @@ class WanTrainingArguments(TrainingArguments):
     ema_update_every: int = 1
     ema_device: EmaDevice = "accelerator"
     eval_ema: bool = False
+    on_nan: OnNan = "stop"

@@ -23,6 +23,7 @@ from wan_accel.models.checkpoint_files import condition_keys
 from wan_accel.models.hub import resolve_checkpoint
 from wan_accel.models.loading import CheckpointReader
 from wan_accel.models.variants import Expert, get_variant
+from wan_accel.nonfinite import NonFiniteError
 from wan_accel.parallel.cpu import enable_fsdp_on_cpu
 from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.recipe.arguments import training_arguments
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return run(trainer, resume)
-    except checkpoint.NoSpaceError as error:
+    except (checkpoint.NoSpaceError, NonFiniteError) as error:
         sys.stderr.write(f"\nerror: {error}\n")  # the progress bar is on the line above
         return 2
 

@@ -8,16 +8,18 @@ Trainer methods that are overridden, checked against transformers 5.17 to 5.23 (
 | _prepare_for_training | FSDP2 models are sharded already; weights are loaded after preparation, for every engine |
 | create_optimizer | the experts of a pair have parameter groups of their own |
 | training_step | runs the micro-batches of a step; loss = sum over samples / global sample count |
-| _clip_grad_norm, _get_grad_norm | each expert by its own norm over sharded parameters |
+| _clip_grad_norm, _get_grad_norm | each expert by its own norm over sharded parameters; a norm that is not finite |
 | _save_checkpoint, _load_from_checkpoint | our checkpoints (wan_accel.checkpoint) |
 | evaluate | fixed-noise loss |
 | get_batch_samples, log | data wait, tokens per second, peak memory |
 """
 
+import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from wan_accel.models.pair import ExpertPair, experts_of, split_by_expert
 from wan_accel.models.variants import Expert, Variant
 from wan_accel.noising import noise_batch
 from wan_accel.objective import NoiseLevels, loss_weight, per_sample_mse, step_loss
+from wan_accel.nonfinite import FiniteGuard
 from wan_accel.optimizers import optimizer_problem
 from wan_accel.parallel.engine import detect_engine
 from wan_accel.parallel.fsdp import assert_sharded, fully_shard_denoiser
@@ -133,6 +136,8 @@ class WanTrainer(Trainer):
         if problem is not None:
             raise ValueError(problem)
         self.ema: Ema | None = None
+        self.guard = FiniteGuard(args, plan, train_dataset, self.dims)
+        self._step: _StepRecord | None = None
         self._step_tokens = 0
         self._logged = _Interval()
 
@@ -242,17 +247,18 @@ class WanTrainer(Trainer):
             Scalar; its mean over all ranks is the mean loss over the step's samples.
         """
         model.train()
+        self.guard.begin(inputs)
         micro_batches: list[MicroBatch] = inputs["micro_batches"]
         self._step_experts = inputs["experts"]
         last = {expert: index for index, expert in enumerate(self._step_experts)}
         total = torch.zeros((), device=self.accelerator.device)
+        sums: dict[str, Tensor] = {}
         for index, (batch, expert) in enumerate(zip(micro_batches, self._step_experts)):
             loss = self._micro_step(expert, batch, inputs["num_samples"], is_last=index == last[expert])
             total += loss
-            self._logged.add(expert, loss * inputs["num_samples"])
+            sums[expert] = sums.get(expert, torch.zeros_like(loss)) + loss * inputs["num_samples"]
             self._step_tokens += batch["latents"].shape[0] * self._tokens_of(batch)
-        self._logged.num_samples.update(inputs["samples_of"])
-        self._logged.num_steps.update(inputs["samples_of"].keys())
+        self._step = _StepRecord(loss=total, loss_sums=sums, num_samples=inputs["samples_of"])
         return total
 
     def _micro_step(self, expert: str, batch: MicroBatch, num_samples: int, *, is_last: bool) -> Tensor:
@@ -268,7 +274,7 @@ class WanTrainer(Trainer):
                 backward_zero(lane, loss, is_last=is_last)
             else:
                 self.accelerator.backward(loss)
-        return loss.detach()
+        return self.guard.logged(loss.detach())
 
     def _micro_loss(self, expert: str, batch: MicroBatch, num_samples: int) -> Tensor:
         predicted, target, mask = self._predict(expert, batch)
@@ -276,7 +282,7 @@ class WanTrainer(Trainer):
         weight = batch["weight"].to(per_sample.device) * loss_weight(
             batch["sigma"].to(per_sample.device), self.args.weighting, self.args.shift
         )
-        return step_loss(per_sample, weight, num_samples, self.dims.num_data_ranks)
+        return self.guard.watch(per_sample, step_loss(per_sample, weight, num_samples, self.dims.num_data_ranks))
 
     def _predict(self, expert: str, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Predicted and true velocity (B, C, F, h, w) fp32 of a micro-batch, and where the loss looks."""
@@ -298,8 +304,31 @@ class WanTrainer(Trainer):
         return torch.stack([torch.as_tensor(norm, dtype=torch.float32) for norm in norms.values()]).norm()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
-        """The norm that `_clip_grad_norm` returned; with `max_grad_norm: 0` nothing is clipped and none is logged."""
+        """Trainer calls this before the optimizer's step: a norm that is not finite stops the run or the step here."""
+        if grad_norm is None:  # max_grad_norm: 0 clips nothing
+            grad_norm = self._clip_grad_norm(model)
+        left_out = self.guard.left_out({expert: self._logged.grad_norms[expert] for expert in set(self._step_experts)})
+        for expert in left_out:
+            self._leave_out(expert)
+        assert self._step is not None
+        if left_out:
+            self._tr_loss -= self._step.loss
+        self._logged.add(self._step, left_out)
         return grad_norm
+
+    def _leave_out(self, expert: str) -> None:
+        """Optimizers leave parameters without a gradient alone: no decay, no moments, no step count.
+
+        A DeepSpeed engine steps at the end of backward, and does the same by itself for a norm that is not finite.
+
+        Raises:
+            RuntimeError: this DeepSpeed did not.
+        """
+        lane: Any = self.lanes[expert]
+        if self.engine != "zero3":
+            lane.zero_grad(set_to_none=True)
+        elif not lane.optimizer.overflow:
+            raise RuntimeError("this DeepSpeed steps with gradients that are not finite: upgrade it (0.19.8 is tested)")
 
     def stepped_names(self) -> list[str]:
         """Trained parameters that the optimizer has just stepped, before their gradients are cleared."""
@@ -307,14 +336,14 @@ class WanTrainer(Trainer):
         if self.engine != "zero3":
             return [name for name, parameter in trained.items() if parameter.grad is not None]
         # Engines have cleared theirs by now.
-        stepped = set(self._step_experts)
+        stepped = set(self._step_experts) - self.guard.last_left_out
         is_pair = isinstance(self.model, ExpertPair)
         return [name for name in trained if (name.split(".")[0] if is_pair else self.expert) in stepped]
 
     def _clip_lane(self, lane: nn.Module) -> Tensor | float:
         if self.engine == "zero3":
             return lane.get_global_grad_norm()  # type: ignore[operator]  # the engine has clipped and stepped already
-        norm = self.accelerator.clip_grad_norm_(lane.parameters(), self.args.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(lane.parameters(), self.args.max_grad_norm or math.inf)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     @property
@@ -326,6 +355,7 @@ class WanTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write a complete checkpoint beside the others, then rename it into place. Collective."""
         step, is_main = self.state.global_step, self.args.should_save
+        self.guard.flush()
         self.check_space()
         folder = checkpoint.start(self.output_dir, step, is_main=is_main)
         if self.engine == "zero3":
@@ -436,6 +466,7 @@ class WanTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Mean loss over the fixed draws, and that of predicting zero. Collective."""
+        self.guard.flush()
         with self.evaluated_weights():
             sums = self.fixed_losses(self.eval_draws)
         metrics = {f"{metric_key_prefix}_loss": sums[0], f"{metric_key_prefix}_zero_loss": sums[1]}
@@ -485,6 +516,8 @@ class WanTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add throughput and memory of the interval since the last training line."""
+        self.guard.flush()
+        logs = self.guard.correct(logs)
         if "loss" in logs:
             seconds = time.perf_counter() - self._logged.started
             per_gpu = self._step_tokens / self.args.ulysses / seconds
@@ -532,6 +565,15 @@ def default_plan(
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _StepRecord:
+    """Losses of an optimizer step. `loss_sums`: this rank's share, over the mean of ranks, of samples' summed loss."""
+
+    loss: Tensor
+    loss_sums: dict[str, Tensor]
+    num_samples: dict[str, int]
+
+
 class _Interval:
     """What happened since the last log line. Losses stay on the device until it is written."""
 
@@ -543,9 +585,12 @@ class _Interval:
         self.num_steps: Counter[str] = Counter()
         self.grad_norms: dict[str, Tensor | float] = {}
 
-    def add(self, expert: str, loss_sum: Tensor) -> None:
-        """Add a micro-batch: this rank's share, over the mean of ranks, of its samples' summed loss."""
-        self.loss_sums[expert] = self.loss_sums.get(expert, 0.0) + loss_sum
+    def add(self, step: "_StepRecord", left_out: Collection[str]) -> None:
+        """Add a step but for the experts that were left out of it."""
+        for expert in step.num_samples.keys() - set(left_out):
+            self.loss_sums[expert] = self.loss_sums.get(expert, 0.0) + step.loss_sums[expert]
+            self.num_samples[expert] += step.num_samples[expert]
+            self.num_steps[expert] += 1
 
     def by_expert(self) -> dict[str, float]:
         """Mean loss, optimizer steps and last gradient norm of every expert that was used. Collective."""

@@ -192,6 +192,7 @@ def training_arguments(recipe: Recipe) -> dict[str, Any]:
         "weighting": "bell" if is_diffsynth else objective.weighting,
         "eval_sigmas": recipe.validation.sigmas,
         "eval_ema": recipe.validation.ema,
+        "on_nan": objective.on_nan,
     }
     if recipe.method.ema is not None:
         ema = recipe.method.ema

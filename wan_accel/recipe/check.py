@@ -92,7 +92,7 @@ def _check_objective(objective: Objective) -> list[str]:
     plain = Objective()
     given = [field.name for field in fields(Objective) if getattr(objective, field.name) != getattr(plain, field.name)]
     if objective.preset is not None:
-        extra = [name for name in given if name != "preset"]
+        extra = [name for name in given if name not in ("preset", "on_nan")]
         return [f"objective.{name} has no effect with preset={objective.preset}: remove one of them" for name in extra]
     return [
         f"objective.{name} has no effect with density={objective.density}: remove it, or set density: {density}"

@@ -120,6 +120,8 @@ class Objective:
 
     `preset: diffsynth` is DiffSynth's loss: uniform, shift 5, bell weighting; it takes no other key. `logit_mean` and
     `logit_std` belong to the logit_normal density, `mode_scale` to mode.
+
+    `on_nan` is what a step whose loss or gradient is not finite does: stop the run, or skip that optimizer step.
     """
 
     __pydantic_config__ = _STRICT
@@ -130,6 +132,7 @@ class Objective:
     logit_std: Annotated[float, Field(gt=0)] = 1.0
     mode_scale: Annotated[float, Field(ge=-1, le=1.75)] = 1.29
     weighting: Literal["none", "bell"] = "none"
+    on_nan: Literal["stop", "skip"] = "stop"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
