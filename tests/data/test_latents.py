@@ -9,12 +9,12 @@ from tiny_clips import clip_row, write_clips
 
 from wan_accel.cache import main
 from wan_accel.data import store
-from wan_accel.data.collate import collate
+from wan_accel.data.collate import StepDataset, collate
 from wan_accel.data.latents import LatentsDataset, LatentsError, cell_to_tensor, tensor_to_cell
 from wan_accel.data.schema import LATENTS_SCHEMA, null_features
 from wan_accel.models.conditioning.text import caption_id
 from wan_accel.models.loading import load_wan
-from wan_accel.step_plan import NO_KNOWN, Bucket, SampleDraw
+from wan_accel.step_plan import NO_KNOWN, Bucket, SampleDraw, StepPlan
 from wan_accel.tiny import init_tiny
 
 RECIPE = """
@@ -203,3 +203,31 @@ def test_clips_without_their_texts(latents: Path, tmp_path: Path) -> None:
         writer.write(next(row for row in texts if row["caption"] == ""))
     with pytest.raises(LatentsError, match=r"has no text for 2 captions: run wan_accel\.cache on it again"):
         LatentsDataset(tmp_path)
+
+
+def test_null_rows_reach_the_denoiser_as_often_as_the_recipe_says(dataset: LatentsDataset) -> None:
+    """What a run of 300 samples is fed, on two data ranks: each null where the plan drops it, as often as asked."""
+    rates = {"text": 0.1, "motion_vectors": 0.3}
+    plan = StepPlan(
+        dataset.index(), seed=5, global_batch=3, caption_dropout=rates["text"], face_dropout=rates["motion_vectors"]
+    )
+    nulls = {
+        "text": dataset.sample(0, draw(drop_caption=True))["text"][0],
+        "motion_vectors": dataset.sample(0, draw(drop_face=True))["motion_vectors"][0],
+    }
+    counts, num_samples = dict.fromkeys(rates, 0), 0
+    shares = [StepDataset(dataset, plan, data_rank=rank, num_data_ranks=2) for rank in range(2)]
+    for item in (share[step] for step in range(100) for share in shares):
+        for batch in item["micro_batches"]:
+            taken = batch["weight"] > 0  # the others are fillers
+            num_samples += int(taken.sum())
+            for name, null in nulls.items():
+                counts[name] += int(((batch[name][:, 0] == null).flatten(1).all(1) & taken).sum())
+    assert num_samples == 300
+    draws = [d for step in range(100) for micro in plan.step(step, 1).micro_steps for d in micro.samples[0]]
+    assert counts == {
+        "text": sum(d.drop_caption for d in draws), "motion_vectors": sum(d.drop_face for d in draws),
+    }  # fmt: skip
+    for name, rate in rates.items():
+        deviation = (num_samples * rate * (1 - rate)) ** 0.5
+        assert abs(counts[name] - num_samples * rate) < 3 * deviation, name
