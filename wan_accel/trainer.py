@@ -43,8 +43,8 @@ from wan_accel.models.denoiser import WanDenoiser, inject_ulysses
 from wan_accel.models.pair import ExpertPair, experts_of, split_by_expert
 from wan_accel.models.variants import Expert, Variant
 from wan_accel.noising import noise_batch
-from wan_accel.objective import NoiseLevels, loss_weight, per_sample_mse, step_loss
 from wan_accel.nonfinite import FiniteGuard
+from wan_accel.objective import NoiseLevels, loss_weight, per_sample_mse, step_loss
 from wan_accel.optimizers import optimizer_problem
 from wan_accel.parallel.engine import detect_engine
 from wan_accel.parallel.fsdp import assert_sharded, fully_shard_denoiser
