@@ -116,6 +116,27 @@ def test_vae_equals_diffsynth(checkpoint: Path) -> None:
     assert torch.equal(ours, vae.encode(video))
 
 
+@pytest.mark.parametrize(("name", "module"), [("animate-14b", WanVideoVAE), ("ti2v-5b", WanVideoVAE38)])
+def test_vae_decodes_as_diffsynth(name: str, module: type, checkpoint: Path, tmp_path: Path) -> None:
+    variant = get_variant(name)
+    if name != "animate-14b":
+        init_tiny(name, tmp_path)
+        checkpoint = tmp_path
+    vae = load_vae(checkpoint, variant)
+    theirs = module.__new__(module)  # its __init__ builds the full size
+    torch.nn.Module.__init__(theirs)
+    mean, std = (torch.tensor(values) for values in LATENT_STATISTICS[variant.vae.name])
+    theirs.model, theirs.scale = vae.model, [mean, 1.0 / std]
+    latents = torch.randn(2, variant.vae.latent_channels, 3, 2, 3, generator=torch.Generator().manual_seed(1))
+    ours = vae.decode(latents)
+    _, stride_h, stride_w = vae.stride
+    assert ours.shape == (2, 3, 9, 2 * stride_h, 3 * stride_w) and ours.dtype == torch.float32
+    assert -1 <= ours.min() < ours.max() <= 1 and ours.std() > 0.1
+    # diffsynth runs one video at a time: convolutions of another batch size round differently.
+    torch.testing.assert_close(ours, theirs.decode(list(latents), device="cpu"), rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours, vae.decode(latents))
+
+
 @pytest.mark.parametrize(("name", "module"), [("wan2.1", WanVideoVAE), ("wan2.2", WanVideoVAE38)])
 def test_latent_statistics_are_diffsynths(name: str, module: type, monkeypatch: pytest.MonkeyPatch) -> None:
     network = "VideoVAE_" if name == "wan2.1" else "VideoVAE38_"

@@ -83,7 +83,7 @@ class TextEncoder:
 
 
 class VideoVae:
-    """A video VAE's encoder side."""
+    """A video VAE."""
 
     def __init__(self, model: VideoVAE_, variant: Variant) -> None:
         self.model = model
@@ -115,6 +115,21 @@ class VideoVae:
         latents = self.model.encode(frames.to(weight.device, weight.dtype), self._scale)
         self.model.clear_cache()  # holds the activations of the last frames otherwise
         return latents
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode normalised latents, four frames at a time.
+
+        Args:
+            latents: (B, latent_channels, F, h, w).
+
+        Returns:
+            (B, 3, 4 (F - 1) + 1, H, W) in [-1, 1], in the VAE's dtype.
+        """
+        weight = self.model.conv1.weight
+        frames = self.model.decode(latents.to(weight.device, weight.dtype), self._scale)
+        self.model.clear_cache()
+        return frames.clamp_(-1, 1)
 
 
 class ImageEncoder:
