@@ -34,7 +34,10 @@ class Fp32Linear(nn.Linear):
     """
 
     def __init__(self, source: nn.Linear) -> None:
-        super().__init__(source.in_features, source.out_features, device="meta")
+        # Not through nn.Linear, on meta: DeepSpeed's zero.Init (0.19) takes a layer that is made there for torch's
+        # skip_init, and leaves `_apply` of every module class patched, so that whatever is moved later is partitioned.
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = source.in_features, source.out_features
         self.weight, self.bias = source.weight, source.bias
 
     def forward(self, x: Tensor) -> Tensor:
