@@ -1,5 +1,6 @@
 """A small denoiser and made-up cached conditions, equal in every process."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -71,6 +72,9 @@ class SyntheticSource:
                 "motion_vectors": rand(self.buckets[index].num_frames, 16),
             }  # fmt: skip
         return sample
+
+    def unconditional(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**inputs, "text": torch.ones(len(inputs["text"]), 2, 24)}
 
 
 def plan_for(source: SyntheticSource, **options: Any) -> StepPlan:

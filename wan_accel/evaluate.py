@@ -12,6 +12,7 @@ from wan_accel.recipe.commandline import parse_overrides, recipe_parser
 from wan_accel.recipe.load import load_recipe
 from wan_accel.recipe.schema import FusedLora, Recipe
 from wan_accel.train import build_trainer
+from wan_accel.validation import as_metrics, fixed_losses
 from wan_accel.weights import fuse, open_base
 
 
@@ -52,10 +53,10 @@ def evaluate(recipe: Recipe, lora: Path | None) -> dict[str, float]:
         if lora is not None:
             readers[row.name] = fuse(readers[row.name], FusedLora(path=str(lora)), variant, row.name)
     trainer = build_trainer(recipe, readers)
-    loss, zero_loss = trainer.fixed_losses(trainer.eval_draws)
+    metrics = as_metrics(fixed_losses(trainer, trainer.eval_draws))
     if not trainer.is_world_process_zero():
         return {}
-    return {"eval_loss": loss, "eval_zero_loss": zero_loss, "num_draws": len(trainer.eval_draws)}
+    return {**metrics, "num_draws": len(trainer.eval_draws)}
 
 
 if __name__ == "__main__":

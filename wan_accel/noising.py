@@ -4,7 +4,7 @@ Shapes: B batch, C latent channels, F latent frames, h x w latent pixels.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,20 +46,25 @@ def noise_batch(batch: Mapping[str, Tensor], variant: Variant) -> NoisyBatch:
         variant: the row of the variants table.
     """
     latents, noise, sigma = batch["latents"].float(), batch["noise"].float(), batch["sigma"]
-    noisy = NoisyBatch(
-        hidden_states=add_noise(latents, noise, sigma),
+    return NoisyBatch(
+        hidden_states=impose_known(add_noise(latents, noise, sigma), batch, variant),
         timestep=1000.0 * sigma,
-        conditions={name: value for name, value in batch.items() if name not in _NOT_INPUTS},
+        conditions=conditions_of(batch, sigma, variant),
         target=velocity(latents, noise),
+        loss_mask=unknown_frames(latents.shape[2], ~batch["drop_image"]) if variant.fuses_first_frame else None,
     )
-    return _fuse(noisy, latents, ~batch["drop_image"]) if variant.fuses_first_frame else noisy
 
 
-def _fuse(noisy: NoisyBatch, latents: Tensor, is_known: Tensor) -> NoisyBatch:
-    first_frame_timestep = torch.where(is_known, 0.0, noisy.timestep)
-    return replace(
-        noisy,
-        hidden_states=fuse_first_frame(noisy.hidden_states, latents, is_known),
-        conditions={**noisy.conditions, "first_frame_timestep": first_frame_timestep},
-        loss_mask=unknown_frames(latents.shape[2], is_known),
-    )
+def conditions_of(batch: Mapping[str, Tensor], sigma: Tensor, variant: Variant) -> dict[str, Tensor]:
+    """The denoiser's inputs beside the noisy latents and the timestep, at noise levels sigma (B,)."""
+    conditions = {name: value for name, value in batch.items() if name not in _NOT_INPUTS}
+    if variant.fuses_first_frame:
+        conditions["first_frame_timestep"] = torch.where(batch["drop_image"], 1000.0 * sigma, 0.0)
+    return conditions
+
+
+def impose_known(noisy: Tensor, batch: Mapping[str, Tensor], variant: Variant) -> Tensor:
+    """Noisy latents with the frames that are given, not generated, in place: the first one, where it is fused."""
+    if not variant.fuses_first_frame:
+        return noisy
+    return fuse_first_frame(noisy, batch["latents"].float(), ~batch["drop_image"])

@@ -17,8 +17,8 @@ Trainer methods that are overridden, checked against transformers 5.17 to 5.23 (
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,14 @@ from transformers.training_args import OptimizerNames
 from wan_accel import checkpoint
 from wan_accel.arguments import WanTrainingArguments
 from wan_accel.checkpoint import Manifest
-from wan_accel.data.collate import MicroBatch, SampleSource, StepDataset, collate
+from wan_accel.data.collate import MicroBatch, SampleSource, StepDataset
 from wan_accel.ema import Ema, EmaCallback, start_ema
 from wan_accel.lora import LoraSettings
 from wan_accel.metrics import MetricsCallback, peak_gib
 from wan_accel.models.denoiser import WanDenoiser, inject_ulysses
 from wan_accel.models.pair import ExpertPair, experts_of, split_by_expert
 from wan_accel.models.variants import Expert, Variant
-from wan_accel.noising import noise_batch
+from wan_accel.noising import conditions_of, noise_batch
 from wan_accel.nonfinite import FiniteGuard
 from wan_accel.objective import NoiseLevels, loss_weight, per_sample_mse, step_loss
 from wan_accel.optimizers import optimizer_problem
@@ -51,6 +51,7 @@ from wan_accel.parallel.fsdp import assert_sharded, fully_shard_denoiser
 from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.parallel.zero import JointOptimizer, backward_zero, prepare_engine
 from wan_accel.step_plan import SampleDraw, StepPlan, TokenBudget
+from wan_accel.validation import as_metrics, fixed_losses
 
 
 class _StepSampler(Sampler):
@@ -292,6 +293,17 @@ class WanTrainer(Trainer):
         predicted = self.lanes[expert](noisy.hidden_states, noisy.timestep, **noisy.conditions)
         return predicted, noisy.target, noisy.loss_mask
 
+    def denoise(self, expert: str, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """The velocity that an expert's live weights predict.
+
+        Args:
+            expert: its name.
+            noisy: (B, C, F, h, w) fp32 noisy latents, what is known of them in place (`noising.impose_known`).
+            sigma: (B,) fp32.
+            batch: a micro-batch on the device, for its conditions.
+        """
+        return self.lanes[expert](noisy, 1000.0 * sigma, **conditions_of(batch, sigma, self.variant))
+
     def _tokens_of(self, batch: MicroBatch) -> int:
         _, _, frames, height, width = batch["latents"].shape
         patch_t, patch_h, patch_w = self.variant.dit.patch_size
@@ -462,48 +474,43 @@ class WanTrainer(Trainer):
 
     # ---- validation ----
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Mean loss over the fixed draws, and that of predicting zero. Collective."""
-        self.guard.flush()
-        with self.evaluated_weights():
-            sums = self.fixed_losses(self.eval_draws)
-        metrics = {f"{metric_key_prefix}_loss": sums[0], f"{metric_key_prefix}_zero_loss": sums[1]}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+    @property
+    def data_rank(self) -> int:
+        """Which share of the samples this process gets."""
+        return self.dims.data_rank(self.args.process_index)
 
     def evaluated_weights(self) -> AbstractContextManager[None]:
         """The weights that validation looks at: the moving average where asked for, and there is one already."""
         return self.ema.swapped() if self.args.eval_ema and self.ema is not None else nullcontext()
 
-    @torch.no_grad()
-    def fixed_losses(self, draws: Sequence[SampleDraw]) -> tuple[float, float]:
-        """Mean loss of the model and of predicting zero over fixed draws, one forward each. Collective.
-
-        Every data rank takes every n-th draw; ranks whose share is shorter repeat the last with weight 0, as
-        all ranks of a sharded model have to run the same number of forwards.
-        """
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Run forwards alone, outside of training, with the weights that validation looks at."""
+        self.guard.flush()
         for lane in self.lanes.values():
             lane.eval()
-        rank, num_ranks = self.dims.data_rank(self.args.process_index), self.dims.num_data_ranks
-        sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
-        for start in range(0, len(draws), num_ranks):
-            is_filler = start + rank >= len(draws)
-            draw = draws[min(start + rank, len(draws) - 1)]
-            predicted, target, mask = self._predict(self.plan.expert_at(draw.sigma), collate(self.source, [draw]))
-            if not is_filler:
-                loss = per_sample_mse(predicted, target, mask)
-                zero = per_sample_mse(torch.zeros_like(target), target, mask)
-                sums += torch.stack([loss.sum(), zero.sum()]).double()
+        with torch.no_grad(), self.evaluated_weights():
+            yield
         for lane in self.lanes.values():
             if isinstance(lane, FSDPModule):
                 lane.reshard()  # the root stays gathered after a forward without a backward
-        if dist.is_initialized():
-            dist.all_reduce(sums)  # over all ranks: each Ulysses rank added the same number
-        mean = sums / (len(draws) * self.args.ulysses)
-        return float(mean[0]), float(mean[1])
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Keep what is done here out of the throughput that the next log line shows."""
+        started = time.perf_counter()
+        yield
+        self._logged.started += time.perf_counter() - started
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Losses over the fixed draws (`wan_accel.validation.as_metrics`). Collective."""
+        with self.untimed():
+            metrics = as_metrics(fixed_losses(self, self.eval_draws), metric_key_prefix)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     # ---- logging ----
 

@@ -152,6 +152,22 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SampleVideos:
+    """Videos drawn from the live weights: clips, Euler steps, classifier-free guidance (1 means none).
+
+    `every_steps` is that of validation by default. `ground_truth` is what they are shown beside: `latents` decodes
+    the cached ones, `clips` takes the frames of data.clips.
+    """
+
+    __pydantic_config__ = _STRICT
+    num_clips: Positive = 4
+    num_steps: Positive = 30
+    guidance: Annotated[float, Field(ge=0)] = 1.0
+    every_steps: Positive | None = None
+    ground_truth: Literal["latents", "clips"] = "latents"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Validation:
     """Fixed-noise loss every so many steps, at `sigmas` noise levels a clip; 0 steps means never.
 
@@ -162,6 +178,7 @@ class Validation:
     every_steps: Annotated[int, Field(ge=0)] = 0
     sigmas: Positive = 8
     ema: bool = False
+    sample: SampleVideos | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
