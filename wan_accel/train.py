@@ -31,6 +31,8 @@ from wan_accel.recipe.check import check
 from wan_accel.recipe.commandline import parse_overrides, recipe_parser
 from wan_accel.recipe.load import load_recipe, to_yaml
 from wan_accel.recipe.schema import Recipe
+from wan_accel.sample_schedule import choose_rows
+from wan_accel.sample_videos import add_sampling
 from wan_accel.step_plan import SampleDraw, StepPlan, fixed_draws, split_groups
 from wan_accel.trainer import WanTrainer, default_plan
 from wan_accel.weights import open_weights
@@ -100,7 +102,7 @@ def build_trainer(recipe: Recipe, readers: Mapping[str, CheckpointReader] | None
         ),
         device=device,
     )
-    return WanTrainer(
+    trainer = WanTrainer(
         model,
         args,
         source,
@@ -111,6 +113,8 @@ def build_trainer(recipe: Recipe, readers: Mapping[str, CheckpointReader] | None
         base=recipe.model.checkpoint,
         eval_draws=eval_draws,
     )
+    add_sampling(trainer, recipe)
+    return trainer
 
 
 def _launch_arguments() -> dict[str, Any]:
@@ -164,6 +168,8 @@ def plan_data(
     if not eval_rows:
         logger.info("data.eval.fraction is 0: validation uses the training rows with fixed noise")
         eval_rows = train_rows
+    if recipe.validation.sample is not None:
+        choose_rows(eval_rows, source.group_ids, recipe.validation.sample.num_clips)  # refuse before weights are read
     return plan, [
         draw
         for expert in experts

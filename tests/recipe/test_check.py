@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from wan_accel.recipe.check import check, read_engine
-from wan_accel.recipe.load import load_recipe, recipes_folder, shipped_recipes
+from wan_accel.recipe.load import RecipeError, load_recipe, recipes_folder, shipped_recipes
 
 ENGINES = {
     "ddp": "ddp", "fsdp2": "fsdp2", "hsdp": "hsdp", "zero3": "zero3", "cpu_ddp": "ddp", "cpu_fsdp2": "fsdp2",
@@ -79,6 +79,18 @@ def test_objective_keys_without_effect() -> None:
         "objective.logit_std has no effect with density=mode: remove it, or set density: logit_normal"
     ]
     assert check(load_recipe("t2v-1.3b/lora", ["objective={density: logit_normal, logit_mean: 0.5}"])) == []
+
+
+def test_videos() -> None:
+    given = ["validation.sample={num_steps: 1, ground_truth: clips}", "model.expert=low", "data.clips=null"]
+    assert check(load_recipe("t2v-a14b/lora", [*given, "validation.every_steps=0"])) == [
+        "validation.sample without validation.every_steps: set it, e.g. to 250",
+        "validation.sample.ground_truth=clips needs data.clips: set it, or use latents",
+        "validation.sample.num_steps=1 has no step for the low expert at shift 12: use more",
+    ]
+    assert check(load_recipe("t2v-a14b/lora", ["validation.sample={num_clips: 2, guidance: 4.0}"])) == []
+    with pytest.raises(RecipeError, match=r"validation\.sample\.num_step: unknown key \(did you mean num_steps\?\)"):
+        load_recipe("t2v-a14b/lora", ["validation.sample={num_step: 2}"])
 
 
 def test_engines_that_are_not_supported(tmp_path: Path) -> None:

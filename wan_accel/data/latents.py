@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ def cell_to_tensor(cell: Mapping[str, Any]) -> Tensor:
 def bucket_key(num_frames: int, height: int, width: int) -> str:
     """The shape key of the null dataset, e.g. 21x448x256."""
     return f"{num_frames}x{height}x{width}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipInfo:
+    """A clip's name, caption and frames a second."""
+
+    clip_id: str
+    caption: str
+    fps: float
 
 
 class LatentsDataset:
@@ -149,6 +159,23 @@ class LatentsDataset:
             latents = torch.cat([reference, latents], dim=1)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(draw.noise_seed))
         return {"latents": latents, "noise": noise, **sample}
+
+    def clip_info(self, index: int) -> ClipInfo:
+        """What to call the clip of a row."""
+        row = self._clips.select_columns(["clip_id", "caption", "fps"])[index]
+        return ClipInfo(clip_id=row["clip_id"], caption=row["caption"], fps=float(row["fps"]))
+
+    def unconditional(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs of a batch with the negative prompt and, where there are faces, none: what guidance leaves.
+
+        Raises:
+            LatentsError: a null row was not cached.
+        """
+        batch = len(inputs["text"])
+        changed = {"text": self._null_of("negative_prompt", "").expand(batch, -1, -1)}
+        if "motion_vectors" in inputs:
+            changed["motion_vectors"] = self._null_of("face", "").expand(inputs["motion_vectors"].shape).clone()
+        return {**inputs, **changed}
 
     def _text_of(self, row: Mapping[str, Any], draw: SampleDraw) -> Tensor:
         if draw.drop_caption:

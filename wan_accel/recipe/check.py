@@ -11,6 +11,7 @@ from wan_accel.models.variants import Variant, get_variant
 from wan_accel.optimizers import optimizer_problem
 from wan_accel.parallel.degrees import usable_degrees
 from wan_accel.recipe.schema import Objective, Recipe
+from wan_accel.sample_schedule import drawn_sigmas
 
 
 def check(
@@ -38,6 +39,7 @@ def check(
             "a local folder: remove the key"
         )
     problems += _check_method(recipe, engine)
+    problems += _check_sample(recipe, variant)
     for key, path in (("data.latents", recipe.data.latents), ("data.clips", recipe.data.clips)):
         if path is not None and "://" in path:
             problems.append(
@@ -108,6 +110,23 @@ def _check_method(recipe: Recipe, engine: str | None) -> list[str]:
         problems.append(optim)
     if recipe.validation.ema and recipe.method.ema is None:
         problems.append("validation.ema=true without a moving average: set method.ema, e.g. {decay: 0.9999}")
+    return problems
+
+
+def _check_sample(recipe: Recipe, variant: Variant) -> list[str]:
+    sample = recipe.validation.sample
+    if sample is None:
+        return []
+    problems = []
+    if not recipe.validation.every_steps:
+        problems.append("validation.sample without validation.every_steps: set it, e.g. to 250")
+    if sample.ground_truth == "clips" and recipe.data.clips is None:
+        problems.append("validation.sample.ground_truth=clips needs data.clips: set it, or use latents")
+    experts = [expert for expert in variant.experts if recipe.model.expert == expert.name] or variant.experts
+    try:
+        drawn_sigmas(sample.num_steps, variant.shift, experts)
+    except ValueError as error:
+        problems.append(str(error))
     return problems
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -183,6 +183,7 @@ def _fields_at(keys: Keys) -> list[str]:
     for key in keys:
         kinds = {field.name: field.type for field in dataclasses.fields(section)}
         section = kinds.get(str(key))
+        section = next(filter(dataclasses.is_dataclass, get_args(section)), section)  # a section that may be left out
         if not dataclasses.is_dataclass(section):
             return []
     return [field.name for field in dataclasses.fields(section)]

@@ -1,0 +1,231 @@
+"""Videos drawn during training and by evaluation: the files, the trackers, and what a failure does to a run."""
+
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_clips import clip_row, write_clips
+from transformers import TrainerCallback
+
+from wan_accel import cache, train
+from wan_accel.data.clips import decode_mp4
+from wan_accel.data.latents import LatentsDataset
+from wan_accel.models.encoders import load_vae
+from wan_accel.models.variants import get_variant
+from wan_accel.recipe.load import load_recipe
+from wan_accel.sample_files import SampleFiles, SampleWriter, to_frames, write_mp4
+from wan_accel.sample_sheet import SheetClip, columns_of, sample_sheet
+from wan_accel.sample_trackers import log_samples
+from wan_accel.sample_videos import SampleCallback
+from wan_accel.step_plan import SampleDraw
+from wan_accel.tiny import init_tiny
+
+RECIPE = """
+variant: animate-14b
+model: {{checkpoint: {root}/model, torch_dtype: bfloat16}}
+method: {{kind: lora, r: 4, lora_alpha: 8}}
+data: {{clips: {root}/clips, latents: {root}/latents, global_batch: {{samples: 2}}, eval: {{fraction: 0.5}}}}
+cache: {{known_variants: 1}}
+memory: {{activation_checkpointing: none}}
+validation: {{every_steps: 2, sigmas: 2, sample: {{num_clips: 2, num_steps: 3, guidance: 2.0}}}}
+training:
+  output_dir: {root}/run
+  learning_rate: 1e-2
+  lr_scheduler_type: constant
+  max_steps: 4
+  logging_steps: 1
+  save_steps: 2
+  dataloader_num_workers: 0
+  seed: 0
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint, four clips, their cached conditions, and a run that has drawn videos."""
+    folder = tmp_path_factory.mktemp("job")
+    init_tiny("animate-14b", folder / "model")
+    write_clips(folder / "clips", [clip_row(number) for number in range(4)])
+    (folder / "recipe.yaml").write_text(RECIPE.format(root=folder))
+    assert cache.main([str(folder / "recipe.yaml")]) == 0
+    assert train.main([str(folder / "recipe.yaml")]) == 0
+    return folder
+
+
+def losses(run: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_run_draws_videos(root: Path) -> None:
+    samples = root / "run" / "samples"
+    assert names(samples) == ["ground-truth", "step-0", "step-2", "step-4"]
+    videos = names(samples / "ground-truth")
+    for step in (0, 2, 4):
+        assert names(samples / f"step-{step}") == ["contact_sheet.png", *videos]
+    drawn = [decode_mp4((samples / f"step-{step}" / videos[0]).read_bytes()) for step in (0, 4)]
+    assert drawn[0].shape == drawn[1].shape == (5, 48, 32, 3)
+    assert np.abs(drawn[0].astype(int) - drawn[1]).mean() > 1  # other weights
+    assert (root / "run" / "loss_by_sigma.png").stat().st_size > 5000
+
+
+def test_videos_are_the_decoded_latents(root: Path) -> None:
+    """The ground truth: the cached latents without the reference slot, through the VAE."""
+    source, vae = LatentsDataset(root / "latents"), load_vae(root / "model", get_variant("animate-14b"))
+    name = names(root / "run" / "samples" / "ground-truth")[0]
+    row = source.clip_ids.index(name.removesuffix(".mp4"))
+    stored = decode_mp4((root / "run" / "samples" / "ground-truth" / name).read_bytes())
+    cached = source.sample(row, SampleDraw(index=row, epoch=0, sigma=1.0, noise_seed=0))["latents"][:, 1:]
+    frames = to_frames(vae.decode(cached[None])[0])
+    assert stored.shape == frames.shape
+    assert psnr(stored, frames) > 20  # 4:2:0 chroma of a picture that is all colour
+
+
+def psnr(found: np.ndarray, expected: np.ndarray) -> float:
+    squared = float(np.square(found.astype(float) - expected).mean())
+    return float(10 * np.log10(255**2 / max(squared, 1e-9)))
+
+
+def test_training_is_the_same_without_videos_and_a_resumed_run_keeps_them(root: Path, tmp_path: Path) -> None:
+    recipe = [str(root / "recipe.yaml"), f"training.output_dir={tmp_path / 'run'}"]
+    assert train.main([*recipe, "validation.sample=null"]) == 0
+    assert losses(tmp_path / "run") == losses(root / "run")
+    assert not (tmp_path / "run" / "samples").exists()
+    shutil.copytree(root / "run", tmp_path / "again")
+    marker = tmp_path / "again" / "samples" / "step-4" / "marker"
+    marker.touch()
+    recipe[1] = f"training.output_dir={tmp_path / 'again'}"
+    assert train.main([*recipe, "training.max_steps=5", "validation.sample.every_steps=1"]) == 0
+    assert marker.exists()  # step 4 was there, and was not drawn again
+    assert "step-5" in names(tmp_path / "again" / "samples")
+
+
+def test_too_many_clips_are_refused_before_anything_is_written(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = [str(root / "recipe.yaml"), f"training.output_dir={tmp_path / 'run'}", "validation.sample.num_clips=3"]
+    assert train.main(arguments) == 2
+    assert "num_clips=3 but validation has 2 clips: use at most that many, or raise" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failed_picture_does_not_end_the_run(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full_disk(self: SampleWriter, name: str, drawn: Any, **kwargs: Any) -> SampleFiles:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(SampleWriter, "write", full_disk)
+    assert train.main([str(root / "recipe.yaml"), f"training.output_dir={tmp_path / 'run'}"]) == 0
+    assert losses(tmp_path / "run") == losses(root / "run")
+    failed = [record for record in caplog.records if "could not be written" in record.message]
+    assert [record.levelno for record in failed] == [logging.ERROR] * 3  # it is tried again each time
+
+
+def test_out_of_memory_is_logged_once_and_training_goes_on(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from wan_accel import sample_drawing
+
+    def exhausted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(sample_drawing, "sample_latents", exhausted)
+    assert train.main([str(root / "recipe.yaml"), f"training.output_dir={tmp_path / 'run'}"]) == 0
+    assert losses(tmp_path / "run") == losses(root / "run")
+    messages = [record.message for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(messages) == 2 and "Tried to allocate 20.00 GiB" in messages[0]
+    assert messages[1].startswith("no more videos in this run")
+
+
+class TensorBoardCallback(TrainerCallback):
+    """Takes what the Trainer's own callback of this name would write."""
+
+    def __init__(self) -> None:
+        self.images: list[tuple[Any, ...]] = []
+        self.tb_writer: Any = SimpleNamespace(add_image=lambda *args, **kwargs: self.images.append((*args, kwargs)))
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.tb_writer = None
+
+
+def test_tensorboard_gets_the_sheets_until_the_end(root: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(str(root / "recipe.yaml"), [f"training.output_dir={tmp_path / 'run'}", "training.max_steps=2"])
+    trainer = train.build_trainer(recipe)
+    tracker = TensorBoardCallback()
+    trainer.add_callback(tracker)
+    trainer.train()
+    assert [(tag, step) for tag, _, step, _ in tracker.images] == [("samples/contact_sheet", step) for step in (0, 2)]
+    for (_, picture, step, options) in tracker.images:
+        sheet = Image.open(tmp_path / "run" / "samples" / f"step-{step}" / "contact_sheet.png")
+        assert np.array_equal(picture, np.asarray(sheet)) and options == {"dataformats": "HWC"}
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_other_trackers_get_media_made_from_the_files(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calls, on a stand-in: neither is installed for the tests."""
+    logged: list[dict[str, Any]] = []
+    module = SimpleNamespace(
+        log=logged.append, Image=lambda path: ("image", path), Video=lambda path, format: ("video", path, format)
+    )
+    monkeypatch.setitem(sys.modules, library, module)
+    callback = type(f"{library.capitalize()}Callback", (TrainerCallback,), {})()
+    files = SampleFiles(sheet=tmp_path / "sheet.png", videos={"a": tmp_path / "a.mp4"}, fps={"a": 16.0})
+    assert log_samples([TrainerCallback(), callback], files, step=7) == [type(callback).__name__]
+    assert logged == [
+        {
+            "samples/contact_sheet": ("image", str(tmp_path / "sheet.png")),
+            "samples/a": ("video", str(tmp_path / "a.mp4"), "mp4"),
+            "train/global_step": 7,
+        }
+    ]
+
+
+def test_mp4_is_what_players_take(tmp_path: Path) -> None:
+    import av
+
+    frames = np.linspace(0, 255, 9 * 32 * 48 * 3).reshape(9, 32, 48, 3).astype(np.uint8)
+    write_mp4(tmp_path / "x.mp4", frames, 23.976)
+    with av.open(str(tmp_path / "x.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.pix_fmt, stream.frames) == ("yuv420p", 9)
+        assert float(stream.average_rate) == pytest.approx(23.976, rel=1e-4)
+    data = (tmp_path / "x.mp4").read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")  # plays before it is whole
+    assert psnr(decode_mp4(data), frames) > 35
+
+
+def test_sheet_puts_ground_truth_above_samples() -> None:
+    colors = {"truth": (200, 40, 40), "sample": (40, 40, 200)}
+    truth, sample = (np.full((6, 32, 48, 3), color, np.uint8) for color in colors.values())
+    clips = [
+        SheetClip(name=f"clip{n}", caption="a " * 400, moments=(0, 0.2, 0.4, 0.6, 0.8, 1.0), truth=truth, sample=sample)
+        for n in range(2)
+    ]
+    sheet = np.asarray(sample_sheet(clips, title="t", label="step 3"))
+    rows = [tuple(row) for row in sheet[:, 240].tolist()]
+    blocks = [row for row, above in zip(rows[1:], rows) if row != above and row in colors.values()]
+    assert blocks == [colors["truth"], colors["sample"]] * 2
+    columns = [tuple(pixel) for pixel in sheet[rows.index(colors["truth"])].tolist()]
+    assert sum(a != colors["truth"] == b for a, b in zip(columns, columns[1:])) == 6
+    assert columns_of(81).tolist() == [0, 16, 32, 48, 64, 80] and columns_of(5).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_callback_stands_before_the_trackers(root: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(str(root / "recipe.yaml"), [f"training.output_dir={tmp_path / 'run'}"])
+    callbacks = train.build_trainer(recipe).callback_handler.callbacks
+    assert isinstance(callbacks[0], SampleCallback) and callbacks[0].every_steps == 2
