@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import run_ranks
 from tiny_clips import clip_row, write_clips
 from transformers import TrainerCallback
 
-from wan_accel import cache, train
+from wan_accel import cache, evaluate, train
 from wan_accel.data.clips import decode_mp4
 from wan_accel.data.latents import LatentsDataset
 from wan_accel.models.encoders import load_vae
@@ -65,6 +66,12 @@ def losses(run: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
+def last_evaluation(run: Path) -> dict[str, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = next(line for line in reversed(lines) if "eval_loss" in line)
+    return {name: value for name, value in last.items() if name.startswith("eval_")}
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -110,6 +117,103 @@ def test_training_is_the_same_without_videos_and_a_resumed_run_keeps_them(root: 
     assert train.main([*recipe, "training.max_steps=5", "validation.sample.every_steps=1"]) == 0
     assert marker.exists()  # step 4 was there, and was not drawn again
     assert "step-5" in names(tmp_path / "again" / "samples")
+
+
+def test_evaluation_of_a_checkpoint(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A LoRA over a bf16 base: evaluation merges and runs in fp32, so it agrees to bf16's precision."""
+    recipe = str(root / "recipe.yaml")
+    capsys.readouterr()
+    assert evaluate.main([recipe, "--checkpoint", str(root / "run"), "--sample", "--output", str(tmp_path / "x")]) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed == json.loads((tmp_path / "x").read_text())
+    trained = last_evaluation(root / "run")
+    assert printed.keys() - {"num_draws"} == trained.keys()
+    assert printed["eval_loss"] == pytest.approx(trained["eval_loss"], rel=2e-2)
+    samples = root / "run" / "samples"
+    assert names(samples / "checkpoint-4") == names(samples / "step-4")
+    name = names(samples / "step-4")[1]
+    live, reloaded = (decode_mp4((samples / part / name).read_bytes()) for part in ("step-4", "checkpoint-4"))
+    base = decode_mp4((samples / "step-0" / name).read_bytes())
+    assert psnr(reloaded, live) > psnr(reloaded, base) + 3
+
+
+@pytest.mark.parametrize("method", ["{kind: lora, r: 4, lora_alpha: 8}", "{kind: full}"])
+def test_evaluation_equals_the_live_weights(
+    method: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """In fp32: losses to 1e-5, and the videos look the same."""
+    changes = [
+        str(root / "recipe.yaml"), "model.torch_dtype=float32", f"method={method}", "training.max_steps=2",
+        f"training.output_dir={tmp_path / 'run'}", "training.learning_rate=1e-3",
+        "validation.sample.ground_truth=clips",
+    ]  # fmt: skip
+    assert train.main(changes) == 0
+    trained = last_evaluation(tmp_path / "run")
+    capsys.readouterr()
+    checkpoint = str(tmp_path / "run" / "checkpoint-2")
+    assert evaluate.main([*changes, "--checkpoint", checkpoint, "--samples", str(tmp_path / "videos" / "mine")]) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {name: printed[name] for name in trained} == pytest.approx(trained, rel=1e-5)
+    name = names(tmp_path / "videos" / "mine")[1]
+    pair = [tmp_path / "videos" / "mine" / name, tmp_path / "run" / "samples" / "step-2" / name]
+    assert psnr(*(decode_mp4(path.read_bytes()) for path in pair)) > 35
+    truth = decode_mp4((tmp_path / "run" / "samples" / "ground-truth" / name).read_bytes())
+    clip = decode_mp4(clip_row(int(name[6]))["video"]["bytes"])
+    assert psnr(truth, clip) > 25  # the clip's own frames
+
+
+def launched_train(recipe: str, changes: list[str]) -> int:
+    return train.main([recipe, *changes])
+
+
+def launched_evaluate(recipe: str, changes: list[str], checkpoint: str, samples: str) -> dict[str, float]:
+    loaded = load_recipe(recipe, [*changes, *evaluate.OVERRIDES])
+    return evaluate.evaluate(loaded, checkpoint=Path(checkpoint), samples=Path(samples))
+
+
+def test_two_ranks_draw_and_evaluate(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A full ZeRO-3 run draws; its checkpoint is evaluated by FSDP2 and by one process, with the same numbers."""
+    recipe, run = str(root / "recipe.yaml"), tmp_path / "run"
+    changes = [
+        "model.torch_dtype=float32", "method={kind: full}", "training.max_steps=2", f"training.output_dir={run}",
+        "training.learning_rate=1e-3",
+    ]  # fmt: skip
+    assert run_ranks(launched_train, 2, recipe, changes, engine="zero3") == [0, 0]
+    assert names(run / "samples" / "step-2") == names(root / "run" / "samples" / "step-2")
+    found = run_ranks(
+        launched_evaluate, 2, recipe, changes, str(run), str(run / "samples" / "fsdp2"), engine="fsdp2"
+    )
+    assert found[1] == {}  # the main rank has them
+    trained = last_evaluation(run)
+    assert {name: found[0][name] for name in trained} == pytest.approx(trained, rel=1e-5)
+    assert evaluate.main([recipe, *changes, "--checkpoint", str(run), "--sample"]) == 0
+    alone = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert alone == pytest.approx(found[0], rel=1e-5)
+    name = names(run / "samples" / "step-2")[1]
+    live, *others = (
+        decode_mp4((run / "samples" / part / name).read_bytes()) for part in ("step-2", "fsdp2", "checkpoint-2")
+    )
+    assert all(psnr(other, live) > 35 for other in others)
+
+
+def test_evaluation_refuses_weights_of_something_else(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    recipe = str(root / "recipe.yaml")
+    assert evaluate.main([recipe, "--checkpoint", str(tmp_path)]) == 2
+    assert "holds no complete checkpoint: give a run's output_dir" in capsys.readouterr().err
+    copy = tmp_path / "checkpoint-4"
+    shutil.copytree(root / "run" / "checkpoint-4", copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "variant": "t2v-1.3b"}))
+    assert evaluate.main([recipe, "--checkpoint", str(copy)]) == 2
+    assert "trains the default expert of t2v-1.3b, the recipe asks for the default expert of animate-14b" in (
+        capsys.readouterr().err
+    )
+    manifest |= {"method": "full", "trained": {"blocks.0.nothing": [2, 2]}}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert evaluate.main([recipe, "--checkpoint", str(copy)]) == 2
+    assert "1 of 1 tensors" in (message := capsys.readouterr().err) and "set model.checkpoint to what" in message
 
 
 def test_too_many_clips_are_refused_before_anything_is_written(

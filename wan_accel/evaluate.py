@@ -1,31 +1,42 @@
-"""Fixed-noise loss of weights on a recipe's data: `accelerate launch -m wan_accel.evaluate RECIPE [--lora FILE]`."""
+"""Losses and videos of weights on a recipe's data: `accelerate launch -m wan_accel.evaluate RECIPE [--lora FILE]`.
 
+Without weights named it is the recipe's `model.checkpoint` that is evaluated.
+"""
+
+import argparse
 import json
 import logging
 import sys
 from pathlib import Path
 
 from wan_accel.assemble import launched_engine
+from wan_accel.models.hub import resolve_checkpoint
 from wan_accel.models.reader import CheckpointReader
 from wan_accel.models.variants import get_variant
 from wan_accel.recipe.commandline import parse_overrides, recipe_parser
 from wan_accel.recipe.load import load_recipe
-from wan_accel.recipe.schema import FusedLora, Recipe
+from wan_accel.recipe.schema import FusedLora, Recipe, SampleVideos
+from wan_accel.sample_drawing import gather
+from wan_accel.sample_videos import video_sampler
 from wan_accel.train import build_trainer
+from wan_accel.trained_weights import find_checkpoint, trained_reader
+from wan_accel.trainer import WanTrainer
 from wan_accel.validation import as_metrics, fixed_losses
 from wan_accel.weights import fuse, open_base
 
+# Weights are merged and evaluated in fp32, whatever dtype a recipe holds a LoRA's frozen base in; no trackers.
+OVERRIDES = ("method={kind: full}", "model.torch_dtype=float32", "training.report_to=none")
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the loss as one line of JSON; returns the exit code."""
-    parser = recipe_parser("Print the fixed-noise loss of weights on a recipe's data as one line of JSON.")
-    parser.add_argument("--lora", type=Path, help="a LoRA of any layout, merged into the base weights")
-    parser.add_argument("--output", type=Path, help="write the JSON to this file as well")
-    arguments = parse_overrides(parser, argv)
+    """Print the losses as one line of JSON; returns the exit code."""
+    arguments = parse_overrides(_parser(), argv)
     logging.basicConfig(level=logging.WARNING)
     try:
-        recipe = load_recipe(arguments.recipe, [*arguments.overrides, "method={kind: full}", "training.report_to=none"])
-        metrics = evaluate(recipe, arguments.lora)
+        recipe = load_recipe(arguments.recipe, [*arguments.overrides, *OVERRIDES])
+        metrics = evaluate(
+            recipe, checkpoint=arguments.checkpoint, lora=arguments.lora, samples=_samples_folder(arguments)
+        )
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -36,8 +47,34 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def evaluate(recipe: Recipe, lora: Path | None) -> dict[str, float]:
+def _parser() -> argparse.ArgumentParser:
+    parser = recipe_parser("Print the fixed-noise losses of weights on a recipe's data as one line of JSON.")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--checkpoint", type=Path, help="a run's output_dir (its newest checkpoint) or checkpoint-N")
+    weights.add_argument("--lora", type=Path, help="a LoRA of any layout, merged into the base weights")
+    parser.add_argument("--sample", action="store_true", help="draw videos too, as validation.sample says")
+    parser.add_argument("--samples", type=Path, help="folder for them (output_dir/samples/<name of the weights>)")
+    parser.add_argument("--output", type=Path, help="write the JSON to this file as well")
+    return parser
+
+
+def _samples_folder(arguments: argparse.Namespace) -> Path | None:
+    """What `--samples` says; an empty path for the default folder, None for no videos."""
+    if arguments.samples is not None:
+        return arguments.samples
+    return Path() if arguments.sample else None
+
+
+def evaluate(
+    recipe: Recipe, *, checkpoint: Path | None = None, lora: Path | None = None, samples: Path | None = None
+) -> dict[str, float]:
     """Losses over the recipe's validation draws. Collective; the main rank gets them, others nothing.
+
+    Args:
+        recipe: with `validation.every_steps`.
+        checkpoint: a run's checkpoint or output_dir.
+        lora: an exported LoRA, instead of a checkpoint.
+        samples: folder to write videos to; an empty path means `output_dir/samples/<name of the weights>`.
 
     Raises:
         ValueError: no validation in the recipe, an engine that cannot evaluate alone, or weights that do not fit.
@@ -46,17 +83,48 @@ def evaluate(recipe: Recipe, lora: Path | None) -> dict[str, float]:
         raise ValueError("evaluation runs on one process, DDP or FSDP2: use another --config_file")
     if not recipe.validation.every_steps:
         raise ValueError("validation.every_steps is 0, so the recipe has no validation draws: set it, e.g. to 100")
-    variant = get_variant(recipe.variant)
-    readers: dict[str, CheckpointReader] = {}
-    for row in variant.trained_experts(recipe.model.expert):
-        readers[row.name] = open_base(recipe.model, variant, row.name)
-        if lora is not None:
-            readers[row.name] = fuse(readers[row.name], FusedLora(path=str(lora)), variant, row.name)
-    trainer = build_trainer(recipe, readers)
+    if checkpoint is not None:
+        checkpoint = find_checkpoint(checkpoint)
+    trainer = build_trainer(recipe, _readers(recipe, checkpoint, lora))
     metrics = as_metrics(fixed_losses(trainer, trainer.eval_draws))
+    if samples is not None:
+        weights = checkpoint or lora or resolve_checkpoint(recipe.model.checkpoint, recipe.model.revision)
+        _draw_videos(trainer, recipe, samples if samples != Path() else _default_folder(trainer, weights))
     if not trainer.is_world_process_zero():
         return {}
     return {**metrics, "num_draws": len(trainer.eval_draws)}
+
+
+def _readers(recipe: Recipe, checkpoint: Path | None, lora: Path | None) -> dict[str, CheckpointReader]:
+    """The weights of each expert that the recipe names."""
+    variant = get_variant(recipe.variant)
+    experts = variant.trained_experts(recipe.model.expert)
+    if lora is not None and len(experts) > 1:
+        raise ValueError(f"--lora {lora} holds one expert: set model.expert to the one it is for, or use --checkpoint")
+    readers: dict[str, CheckpointReader] = {}
+    for expert in experts:
+        reader = open_base(recipe.model, variant, expert.name)
+        if checkpoint is not None:
+            reader = trained_reader(checkpoint, reader, variant=variant.name, expert=expert.name)
+        elif lora is not None:
+            reader = fuse(reader, FusedLora(path=str(lora)), variant, expert.name)
+        readers[expert.name] = reader
+    return readers
+
+
+def _default_folder(trainer: WanTrainer, weights: Path) -> Path:
+    return trainer.output_dir / "samples" / weights.name.removesuffix(".safetensors")
+
+
+def _draw_videos(trainer: WanTrainer, recipe: Recipe, folder: Path) -> None:
+    """Draw on all ranks and write on the main one; here a failure is the user's to see."""
+    settings = recipe.validation.sample or SampleVideos()
+    sampler = video_sampler(trainer, recipe, settings, folder=folder.parent)
+    drawn = gather(sampler.share())
+    assert not isinstance(drawn, str)
+    if trainer.is_world_process_zero():
+        files = sampler.write(folder.name, drawn)
+        sys.stderr.write(f"{len(files.videos)} videos in {files.sheet.parent}\n")
 
 
 if __name__ == "__main__":

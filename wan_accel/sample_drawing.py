@@ -2,13 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from wan_accel.data.collate import SampleSource, collate
+from wan_accel.noising import impose_known
 from wan_accel.recipe.schema import SampleVideos
 from wan_accel.sample_schedule import drawn_sigmas
 from wan_accel.sampling import Velocity, sample_latents
@@ -47,19 +50,24 @@ def draw_share(trainer: "WanTrainer", draws: Sequence[SampleDraw], settings: Sam
     )
     with trainer.evaluating(), bar:
         for position, counts in shares:
-            batch = collate(source, [draws[position]])
+            batch = _on(device, collate(source, [draws[position]]))
             null = source.unconditional(batch) if settings.guidance != 1.0 else {}
             latents = sample_latents(
                 velocity,
-                {name: value.to(device) for name, value in batch.items()},
+                batch,
                 sigmas=sigmas,
                 guidance=settings.guidance,
-                unconditional={name: value.to(device) for name, value in null.items()} or None,
+                unconditional=_on(device, null) or None,
+                impose_known=partial(impose_known, batch=batch, variant=trainer.variant),
                 on_step=bar.update,
             )
             if counts:
                 drawn[position] = latents[0, :, trainer.variant.reference_frames :].cpu()
     return drawn
+
+
+def _on(device: torch.device, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 def velocity_of(trainer: "WanTrainer") -> Velocity:

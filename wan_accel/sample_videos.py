@@ -171,4 +171,5 @@ def add_sampling(trainer: WanTrainer, recipe: Recipe) -> None:
 def video_sampler(trainer: WanTrainer, recipe: Recipe, settings: SampleVideos, *, folder: Path) -> VideoSampler:
     """The sampler of a recipe's clips."""
     clips = Path(recipe.data.clips) if recipe.data.clips is not None else None
-    return VideoSampler(trainer, settings, checkpoint=Path(recipe.model.checkpoint), folder=folder, clips=clips)
+    checkpoint = resolve_checkpoint(recipe.model.checkpoint, recipe.model.revision)
+    return VideoSampler(trainer, settings, checkpoint=checkpoint, folder=folder, clips=clips)
