@@ -49,14 +49,20 @@ def train(
     trainer.train(resume_from_checkpoint=resume)
     before = forward_weights(trainer)
     draws = fixed_draws(SyntheticSource("t2v-1.3b").index(), [0, 1], num_sigmas=2, seed=0)
-    losses = {"plain": trainer.fixed_losses(draws)[0]}
+    losses = {"plain": mean_loss(trainer, draws)}
     with trainer.ema.swapped():
-        losses["ema"] = trainer.fixed_losses(draws)[0]
+        losses["ema"] = mean_loss(trainer, draws)
         swapped = forward_weights(trainer)
-    losses["again"] = trainer.fixed_losses(draws)[0]
+    losses["again"] = mean_loss(trainer, draws)
     after = forward_weights(trainer)
     assert all(torch.equal(before[name], after[name]) for name in before)
     return recorder.weights, losses, swapped
+
+
+def mean_loss(trainer: Any, draws: Any) -> float:
+    from wan_accel.validation import as_metrics, fixed_losses
+
+    return as_metrics(fixed_losses(trainer, draws))["eval_loss"]
 
 
 def forward_weights(trainer: Any) -> Weights:
@@ -171,8 +177,10 @@ def evaluate(base: str, output_dir: str) -> tuple[float, float, list[float]]:
     trainer = small_trainer(base, output_dir, "single", eval_ema=True, **EMA)
     trainer.train()
     trainer.eval_draws = fixed_draws(SyntheticSource("t2v-1.3b").index(), [0, 1], num_sigmas=2, seed=0)
+    trainer.args.eval_ema = False  # so that only the swap below is at work
     with trainer.ema.swapped():
-        expected = trainer.fixed_losses(trainer.eval_draws)[0]
+        expected = mean_loss(trainer, trainer.eval_draws)
+    trainer.args.eval_ema = True
     return expected, trainer.evaluate()["eval_loss"], logged(trainer, "eval_loss")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from wan_accel.data.latents import LatentsDataset
+from wan_accel.models.hub import resolve_checkpoint
 from wan_accel.recipe.schema import Recipe, SampleVideos
 from wan_accel.sample_drawing import draw_share, gather, sample_draws
 from wan_accel.sample_files import SampleFiles, SampleWriter

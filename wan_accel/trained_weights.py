@@ -80,8 +80,8 @@ class TrainedReader(DerivedReader):
         wrong = [name for name, shape in self._trained.items() if self.shapes.get(name) != shape]
         if wrong:
             raise CheckpointError(
-                f"{len(wrong)} of {len(self._trained)} tensors of {checkpoint} do not fit {base.folder}, e.g. {wrong[0]}: set "
-                "model.checkpoint to what the run started from"
+                f"{len(wrong)} of {len(self._trained)} tensors of {checkpoint} do not fit {base.folder}, e.g. "
+                f"{wrong[0]}: set model.checkpoint to what the run started from"
             )
         self._whole = read_trained(checkpoint) if manifest.engine == "zero3" else None
 

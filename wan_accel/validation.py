@@ -41,8 +41,8 @@ def fixed_losses(trainer: "WanTrainer", draws: Sequence[SampleDraw]) -> list[Bin
         for name in sorted(set(experts)):
             own = [draw for expert, draw in zip(experts, draws) if expert == name]
             for draw, counts in share(own, trainer.data_rank, trainer.dims.num_data_ranks):
-                predicted, *truth = trainer._predict(name, collate(trainer.source, [draw]))
-                losses = [per_sample_mse(guess, *truth) for guess in (predicted, torch.zeros_like(predicted))]
+                predicted, target, mask = trainer._predict(name, collate(trainer.source, [draw]))
+                losses = [per_sample_mse(guess, target, mask) for guess in (predicted, torch.zeros_like(predicted))]
                 if counts:
                     row = torch.cat([*losses, torch.ones_like(losses[0])])
                     sums[bins.index((name, draw.sigma))] += row.double()
