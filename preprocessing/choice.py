@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from preprocessing.clip_table import PART, QUALITY_PREFIX, ROW, figures
 from preprocessing.figures import FIGURES
-from preprocessing.where import parse_where
+from wan_accel.data.where import parse_where
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

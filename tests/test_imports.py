@@ -12,8 +12,8 @@ HEAVY = ("torch", "deepspeed", "diffsynth", "transformers", "accelerate")
 # Modules that are networks of these libraries: imported in functions only, where such a network is asked for.
 NETWORKS = {"sam2_video": {"torch"}, "sam2_transformers": {"torch", "transformers"}, "flux": {"torch"}}
 CONTRACT = {"wan_accel.data", "wan_accel.data.schema", "wan_accel.data.store", "wan_accel.data.clips"}
-# Arithmetic on arrays that both sides need, and that must not differ.
-SHARED_ARITHMETIC = {"wan_accel.data.masks", "wan_accel.data.skeleton"}
+# What both sides need, and what must not differ: arithmetic on arrays, the language that chooses clips.
+SHARED = {"wan_accel.data.masks", "wan_accel.data.skeleton", "wan_accel.data.where"}
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -44,7 +44,7 @@ def test_training_never_imports_preprocessing(package):
 def test_preprocessing_imports_only_the_contract():
     for path in files_of("preprocessing"):
         ours = {name for name in imported_modules(path) if name.split(".")[0] == "wan_accel"}
-        assert ours <= CONTRACT | SHARED_ARITHMETIC, path
+        assert ours <= CONTRACT | SHARED, path
 
 
 def test_preprocessing_names_no_training_library():

@@ -1,7 +1,7 @@
 import pyarrow as pa
 import pytest
 
-from preprocessing.where import parse_where
+from wan_accel.data.where import parse_where
 
 TABLE = pa.table(
     {
@@ -59,3 +59,8 @@ def test_expressions_choose_rows(text, expected):
 def test_what_is_no_expression_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         parse_where(text, COLUMNS)
+
+
+def test_error_names_the_option():
+    with pytest.raises(ValueError, match=r"^data\.where: a clip has no fbs: did you mean"):
+        parse_where("fbs > 3", {"fps": pa.float64()}, option="data.where")

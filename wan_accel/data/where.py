@@ -1,4 +1,4 @@
-"""Expressions that choose clips: `quality.hand_score < 0.3 and source.path contains walk`."""
+"""Expressions that choose clips: `quality.hand_score < 0.3 and source.path contains walk`. Torch-free."""
 
 import difflib
 import math
@@ -22,11 +22,12 @@ HELP = (
 )
 
 
-def parse_where(text: str, columns: Columns) -> pc.Expression:
+def parse_where(text: str, columns: Columns, *, option: str = "--where") -> pc.Expression:
     """Turn an expression into one of pyarrow over these columns; nothing of it is run as code.
 
     `contains` looks for a piece of a text, whatever the case of its letters. A missing value answers no comparison,
-    so a clip without hands is neither `quality.hand_score < 0.3` nor `>= 0.3`.
+    so a clip without hands is neither `quality.hand_score < 0.3` nor `>= 0.3`. `option` is where the text was given,
+    for errors.
 
     Raises:
         ValueError: the text is no expression, names an unknown column, or compares it with a value of another kind.
@@ -38,9 +39,11 @@ def parse_where(text: str, columns: Columns) -> pc.Expression:
     except ParseBaseException as error:
         rest = text[error.loc :].strip()
         where = f"stops making sense at {rest!r}" if rest else "ends too early"
-        raise ValueError(f"--where {text!r} {where}: write {HELP}") from None
+        raise ValueError(f"{option} {text!r} {where}: write {HELP}") from None
     except RecursionError:
-        raise ValueError(f"--where: too many parentheses in {text[:60]!r}…") from None
+        raise ValueError(f"{option}: too many parentheses in {text[:60]!r}…") from None
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
     return expression
 
 
@@ -85,7 +88,7 @@ def _compare(name: str, operator: str, value: str, columns: Columns) -> pc.Expre
     field, kind = _field(name, columns), columns[name]
     if operator == "contains":
         if not pa.types.is_string(kind):
-            raise ValueError(f"--where: {name} is a number, it cannot contain {value!r}: compare it with < or >")
+            raise ValueError(f"{name} is a number, it cannot contain {value!r}: compare it with < or >")
         return pc.match_substring(field, value, ignore_case=True)
     if pa.types.is_string(kind):
         return _COMPARISONS[operator](field, pa.scalar(value))
@@ -94,7 +97,7 @@ def _compare(name: str, operator: str, value: str, columns: Columns) -> pc.Expre
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"--where: {name} is a number, {value!r} is none")
+        raise ValueError(f"{name} is a number, {value!r} is none")
     # As exact as the column: 0.1 of a float32 column is not 0.1 of a float64.
     exact = pa.scalar(number, kind) if pa.types.is_floating(kind) else pa.scalar(number)
     return _COMPARISONS[operator](field, exact)
@@ -104,5 +107,5 @@ def _field(name: str, columns: Columns) -> pc.Expression:
     if name not in columns:
         near = difflib.get_close_matches(name, columns, n=1, cutoff=0.4)
         guess = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"--where: a clip has no {name}: {guess}There are {', '.join(columns)}")
+        raise ValueError(f"a clip has no {name}: {guess}There are {', '.join(columns)}")
     return pc.field(name)
