@@ -3,6 +3,7 @@
 <root>/wan_accel_run.json            schema and settings of the run that owns the folder
 <root>/parts/<writer>/data-00000.arrow       an Arrow stream, written as .arrow.tmp and renamed when on disk
 <root>/parts/<writer>/data-00000.arrow.json  its sidecar: rows, bytes, xxh64
+<root>/parts/<writer>/data-00000.r1.arrow    the part written again (`revisions`): it takes the part's place when whole
 <root>/state.json, dataset_info.json  made from the sidecars, so that `datasets.load_from_disk(root)` works
 """
 
@@ -10,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -30,6 +32,7 @@ RUN_FILE = "wan_accel_run.json"
 PART_BYTES = 1 << 30
 BATCH_BYTES = 32 << 20
 BATCH_ROWS = 64
+_PART_NAME = re.compile(r"(data-\d+)(?:\.r(\d+))?\.arrow")
 
 
 class StoreError(ValueError):
@@ -132,22 +135,28 @@ class PartWriter:
         writer: a name unique among the running writers, e.g. `rank0`.
         features: columns.
         part_bytes: size at which a part is finished.
+        batch_bytes: size of a record batch; every batch costs each reader that maps all of them 58 KB.
 
     Raises:
         StoreError: the disk is full, or a row has an unknown column.
     """
 
-    def __init__(self, root: Path, *, writer: str, features: "Features", part_bytes: int = PART_BYTES) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        writer: str,
+        features: "Features",
+        part_bytes: int = PART_BYTES,
+        batch_bytes: int = BATCH_BYTES,
+    ) -> None:
         self.root = root
         self.folder = root / "parts" / writer
         self.folder.mkdir(parents=True, exist_ok=True)
         self.features = features
         self.part_bytes = part_bytes
-        for leftover in self.folder.glob("*.tmp"):
-            leftover.unlink()  # of a writer of this name that was killed
-        for part in self.folder.glob("data-*.arrow"):
-            if not _sidecar_path(part).is_file():
-                part.unlink()  # renamed, but killed before its sidecar: it never counted
+        self.batch_bytes = batch_bytes
+        self._tidy()
         numbers = [int(path.name[5:10]) for path in self.folder.glob("data-*.arrow")]
         self._number = max(numbers, default=-1) + 1
         self._rows: list[dict[str, Any]] = []
@@ -155,6 +164,13 @@ class PartWriter:
         self._file: IO[bytes] | None = None
         self._stream: Any = None
         self._written_rows = 0
+
+    def _tidy(self) -> None:
+        for leftover in self.folder.glob("*.tmp"):
+            leftover.unlink()  # of a writer of this name that was killed
+        for part in self.folder.glob("data-*.arrow"):
+            if not _sidecar_path(part).is_file():
+                part.unlink()  # renamed, but killed before its sidecar: it never counted
 
     def __enter__(self) -> "PartWriter":
         return self
@@ -183,7 +199,7 @@ class PartWriter:
         encoded = self.features.encode_example(values)
         self._rows.append(encoded)
         self._buffered += _size(encoded)
-        if self._buffered >= BATCH_BYTES or len(self._rows) >= BATCH_ROWS:
+        if self._buffered >= self.batch_bytes or len(self._rows) >= BATCH_ROWS:
             self._write_batch()
             if self._file is not None and self._file.tell() >= self.part_bytes:
                 self.flush()
@@ -253,12 +269,15 @@ class PartWriter:
         self._number += 1
         self._file = self._stream = None
         self._written_rows = 0
+        self._publish()
+
+    def _publish(self) -> None:
         refresh_state(self.root, self.features)
 
     def close(self) -> None:
         """Finish the part. Without new rows, list what an earlier writer finished before it was killed."""
         self.flush()
-        refresh_state(self.root, self.features)
+        self._publish()
 
     def abandon(self) -> None:
         """Drop the unfinished part, keep the finished ones."""
@@ -300,8 +319,34 @@ def _hash_file(path: Path) -> str:
 
 
 def finished(root: Path) -> list[Path]:
-    """Parts that have a sidecar, in a fixed order."""
-    return [path.with_name(path.name.removesuffix(".json")) for path in sorted(root.glob("parts/*/data-*.arrow.json"))]
+    """Parts that have a sidecar, each in its newest revision, in a fixed order."""
+    newest: dict[tuple[str, str], Path] = {}
+    for part in sorted(_with_sidecar(root), key=_place):
+        writer, number, _ = _place(part)
+        newest[writer, number] = part
+    return list(newest.values())
+
+
+def superseded(root: Path) -> list[Path]:
+    """Parts that have a sidecar and a newer revision: they do not count any more and can be removed."""
+    return sorted(set(_with_sidecar(root)) - set(finished(root)))
+
+
+def next_revision(part: Path) -> Path:
+    """Where a part is written again."""
+    _, number, revision = _place(part)
+    return part.with_name(f"{number}.r{revision + 1}.arrow")
+
+
+def _with_sidecar(root: Path) -> list[Path]:
+    return [path.with_name(path.name.removesuffix(".json")) for path in root.glob("parts/*/data-*.arrow.json")]
+
+
+def _place(part: Path) -> tuple[str, str, int]:
+    """A part's writer, its number, and how often it was written again."""
+    match = _PART_NAME.fullmatch(part.name)
+    number, revision = match.groups() if match is not None else (part.name, None)
+    return part.parent.name, number, int(revision or 0)
 
 
 def parts(root: Path) -> dict[Path, Sidecar]:
@@ -384,7 +429,10 @@ def open_parts(root: Path, schema: str) -> dict[Path, Sidecar]:
         raise StoreError(f"{root} is not a dataset of wan-accel (no state.json): give the folder that a run wrote")
     found = _whole_parts(root)
     listed = [root / entry["filename"] for entry in json.loads((root / "state.json").read_text())["_data_files"]]
+    places = {_place(part)[:2] for part in found}
     for part in listed:
+        if part not in found and _place(part)[:2] in places:
+            raise StoreError(f"{part} is being written again: wait for the command that does it, or run it again")
         if part not in found:
             raise StoreError(f"{part} has no sidecar: copy it again, or run the command that made it again")
     if (root / RUN_FILE).is_file():
