@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny_clips import clip_row, write_clips
 
-from wan_accel import cache
+from wan_accel import cache, cache_clips
 from wan_accel.data import store
 from wan_accel.data.clips import Clip
 from wan_accel.data.latents import LatentsDataset, cell_to_tensor
@@ -147,14 +147,14 @@ def test_interrupted_run_keeps_what_it_encoded(run: Run, tmp_path: Path, monkeyp
 
 
 def _fail_on(clip_id: str, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
-    load_clip = cache.load_clip
+    load_clip = cache_clips.load_clip
 
     def load_or_fail(row: dict) -> Clip:
         if row["clip_id"] == clip_id:
             raise error
         return load_clip(row)
 
-    monkeypatch.setattr(cache, "load_clip", load_or_fail)
+    monkeypatch.setattr(cache_clips, "load_clip", load_or_fail)
 
 
 @pytest.mark.launch
@@ -225,12 +225,14 @@ def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2000])
 
 
-def test_output_of_another_run_is_refused(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_of_another_variant_is_refused(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run() == 0
     before = store.parts(tmp_path / "latents" / "clips")
-    assert run("cache.known_variants=3") == 2
-    assert "was made with other settings (key of known: " in (error := capsys.readouterr().err)
-    assert "known_variants: 2 there, 3 now" in error
+    init_tiny("t2v-1.3b", tmp_path / "t2v")
+    assert run("variant=t2v-1.3b", f"model.checkpoint={tmp_path / 't2v'}") == 2
+    assert "was made with other settings (variant: 'animate-14b' there, 't2v-1.3b' now)" in capsys.readouterr().err
     assert store.parts(tmp_path / "latents" / "clips") == before
 
 
@@ -275,13 +277,13 @@ def test_dry_run_says_the_bytes_and_writes_nothing(
 def test_estimate_is_what_is_written(run: Run, tmp_path: Path, rows: list[dict]) -> None:
     write_clips(tmp_path / "clips", rows)
     recipe = cache.load_recipe(str(tmp_path / "recipe.yaml"))
-    sizes = cache.Cache(recipe)._estimate()
+    sizes = cache.Cache(recipe).estimate().sizes
     assert run() == 0
     stored = store.load(tmp_path / "latents" / "clips", LATENTS_SCHEMA)
     for name in ("latents", "pose_latents"):
         assert sizes[name] == sum(len(row[name]["data"]) for row in stored)
-    left = cache.Cache(recipe)._estimate()
-    assert set(left.values()) == {0}
+    left = cache.Cache(recipe).estimate()
+    assert set(left.sizes.values()) == {0} and left.rewritten == 0
 
 
 def test_small_disk_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -325,6 +327,11 @@ def test_two_processes_share_the_work(run: Run, tmp_path: Path, rows: list[dict]
     assert len(LatentsDataset(root)) == 6
     writers = {path.parent.name for path in store.parts(root / "text")}
     assert writers == {"rank0", "rank1"}
-    command.append("cache.known_variants=3")
+    before = LatentsDataset(root)
+    command.append("cache.known_variants=3")  # of both ranks' parts only that is encoded again, by both
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=300)
-    assert result.returncode != 0 and "was made with other settings (key of known: " in result.stderr
+    assert result.returncode == 0, result.stderr[-3000:]
+    after = LatentsDataset(root)
+    assert after.clip_ids == before.clip_ids and after.index().num_known == (3,) * 6
+    assert all(part.name == "data-00000.r1.arrow" for part in store.parts(root / "clips"))
+    assert store.verify(root / "clips") == [] and not (root / "clips" / "claims").exists()

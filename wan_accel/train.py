@@ -86,7 +86,7 @@ def build_trainer(recipe: Recipe, readers: Mapping[str, CheckpointReader] | None
     device = args.device  # sets the process group up
     variant = get_variant(recipe.variant)
     experts = variant.trained_experts(recipe.model.expert)
-    source = LatentsDataset(Path(recipe.data.latents))
+    source = LatentsDataset(Path(str(recipe.data.latents)))
     applied = techniques(recipe, args.seed)
     readers = readers or {expert.name: open_weights(recipe, expert.name, applied.lora) for expert in experts}
     checkpoint_folder = resolve_checkpoint(recipe.model.checkpoint, recipe.model.revision)

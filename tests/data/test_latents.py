@@ -9,10 +9,10 @@ from tiny_clips import clip_row, write_clips
 
 from wan_accel.cache import main
 from wan_accel.data import store
+from wan_accel.data.captions import caption_id
 from wan_accel.data.collate import StepDataset, collate
 from wan_accel.data.latents import LatentsDataset, LatentsError, cell_to_tensor, tensor_to_cell
 from wan_accel.data.schema import LATENTS_SCHEMA, null_features
-from wan_accel.models.conditioning.text import caption_id
 from wan_accel.models.loading import load_wan
 from wan_accel.step_plan import NO_KNOWN, Bucket, SampleDraw, StepPlan
 from wan_accel.tiny import init_tiny
@@ -187,9 +187,8 @@ def test_null_row_that_was_not_cached(latents: Path, tmp_path: Path) -> None:
 
 
 def test_stale_keys_are_named(dataset: LatentsDataset) -> None:
-    keys = store.load(dataset.root / "clips", LATENTS_SCHEMA)[0]["keys"]
-    assert keys.keys() == {"text", "video", "pose", "reference", "face", "known", "image"}
-    assert {name for name in keys if keys[name] is None} == {"image"}
+    keys = dataset.keys
+    assert keys.keys() == {"text", "video", "pose", "reference", "face", "known"} and all(keys.values())
     dataset.check_keys(keys)
     with pytest.raises(LatentsError, match="face, video was encoded with other weights or settings than this recipe's"):
         dataset.check_keys(keys | {"video": "0", "face": "1"})
@@ -201,7 +200,7 @@ def test_clips_without_their_texts(latents: Path, tmp_path: Path) -> None:
     texts = store.load(latents / "text", LATENTS_SCHEMA)
     with store.PartWriter(tmp_path / "text", writer="rank0", features=texts.features) as writer:
         writer.write(next(row for row in texts if row["caption"] == ""))
-    with pytest.raises(LatentsError, match=r"has no text for 2 captions: run wan_accel\.cache on it again"):
+    with pytest.raises(LatentsError, match=r"has no text for 3 clips: run wan_accel\.cache on it again"):
         LatentsDataset(tmp_path)
 
 

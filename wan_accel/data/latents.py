@@ -5,22 +5,28 @@
 <root>/null    what dropout and plain animation need
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from wan_accel.data import store
-from wan_accel.data.schema import LATENTS_SCHEMA
+from wan_accel.data.captions import caption_id
+from wan_accel.data.rows import Row, Rows
+from wan_accel.data.schema import KINDS, LATENTS_SCHEMA, NULL_KINDS
+from wan_accel.data.selection import choose_rows
 from wan_accel.models.conditioning.animate import NUM_MASK_CHANNELS, join_condition
 from wan_accel.models.conditioning.image import join_first_frame
+from wan_accel.models.variants import Variant
 from wan_accel.step_plan import NO_KNOWN, Bucket, DatasetIndex, SampleDraw
 
-_INDEX_COLUMNS = ["num_frames", "height", "width", "num_known", "source_sha256", "caption_id", "clip_id"]
+_LIGHT = ("clip_id", "num_frames", "height", "width", "num_known", "source_sha256", "caption_id", "keys")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -68,70 +74,153 @@ class ClipInfo:
 class LatentsDataset:
     """The latents folder that `wan_accel.cache` writes, as a source of training samples.
 
+    Tensors stay on the disk until a sample needs them; a process holds the small columns of all rows only.
+
     Args:
         root: the folder.
+        where: which rows, an expression over their small columns (`data.where`); all by default.
+        captions: captions by clip_id in place of those of the rows; their texts must have been encoded.
+        variant: what is trained: latents are checked to have its shapes. None: they are not checked.
 
     Raises:
         StoreError, SchemaError: it is not there, damaged, or of another version.
         LatentsError: it has clips but not their texts.
+        ValueError: `where` makes no sense, or holds for no row.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        where: str | None = None,
+        captions: Mapping[str, str] | None = None,
+        variant: Variant | None = None,
+    ) -> None:
         self.root = Path(root)
-        self._clips = store.load(self.root / "clips", LATENTS_SCHEMA)
-        self._text = store.load(self.root / "text", LATENTS_SCHEMA)
-        columns = self._clips.select_columns(_INDEX_COLUMNS)[:]
-        self._columns: dict[str, list[Any]] = columns
-        self._text_rows = {
-            name: row for row, name in enumerate(self._text.select_columns(["caption_id"])["caption_id"])
-        }
-        missing = set(columns["caption_id"]) - set(self._text_rows)
-        if missing:
-            raise LatentsError(f"{self.root} has no text for {len(missing)} captions: run wan_accel.cache on it again")
+        self.variant = variant
+        self._captions = captions or {}
+        light = _LIGHT if where is None else (*_LIGHT, "caption", "fps", "modes", "quality")
+        self._clips = Rows(self.root / "clips", LATENTS_SCHEMA, light=light)
+        self._text = Rows(self.root / "text", LATENTS_SCHEMA, light=("caption_id", "key"))
+        self._null_keys: dict[tuple[str, str], str] = {}
         self._null = self._load_null()
+        self._stored = np.arange(len(self._clips))  # the row in the folder of each of ours
+        self.clip_ids: list[str] = self._clips.table["clip_id"].to_pylist()
+        if where is not None:
+            self._choose(where)
+        self._table = self._clips.table.take(self._stored)
+        self._caption_ids = self._caption_ids_of_rows()
+        self._text_rows = self._find_texts(key=None)
+
+    def _choose(self, where: str) -> None:
+        table = self._clips.table
+        captions = [self._captions.get(*item) for item in zip(self.clip_ids, table["caption"].to_pylist())]
+        self._stored = np.array(choose_rows(table, captions, where), dtype=np.int64)
+        if len(self._stored) == 0:
+            raise LatentsError(f"data.where={where!r} holds for no row of {self.root}: loosen it")
+        self.clip_ids = [self.clip_ids[row] for row in self._stored]
+
+    def _caption_ids_of_rows(self) -> pa.Array:
+        own = self._table["caption_id"].to_pylist()
+        if not self._captions:
+            return pa.array(own)
+        overlay = {name: caption_id(caption) for name, caption in self._captions.items()}
+        return pa.array([overlay.get(name, found) for name, found in zip(self.clip_ids, own)])
+
+    def _find_texts(self, key: str | None) -> np.ndarray:
+        """The text row of every row. While texts are encoded anew old ones are there too: `key` tells which."""
+        table = self._text.table
+        rows = np.flatnonzero(pc.equal(table["key"], key).to_numpy()) if key is not None else np.arange(len(table))
+        found = pc.index_in(self._caption_ids, value_set=table["caption_id"].take(rows).combine_chunks())
+        if found.null_count:
+            if key is not None:
+                raise self._stale(["text"])
+            raise LatentsError(
+                f"{self.root} has no text for {len(found.filter(found.is_null()))} clips: run wan_accel.cache on it "
+                "again" + (", with the same data.captions" if self._captions else "")
+            )
+        return rows[found.to_numpy()]
 
     def _load_null(self) -> dict[tuple[str, str], Tensor]:
         rows = store.load(self.root / "null", LATENTS_SCHEMA)
+        self._null_keys = {(row["kind"], row["shape"]): row["key"] for row in rows}
         return {(row["kind"], row["shape"]): cell_to_tensor(row["tensor"]) for row in rows}
 
     def __len__(self) -> int:
-        return len(self._clips)
+        return len(self._stored)
 
     @property
     def group_ids(self) -> list[str]:
         """The source of every row: clips of one source stay on one side of a validation split."""
-        return list(self._columns["source_sha256"])
-
-    @property
-    def clip_ids(self) -> list[str]:
-        return list(self._columns["clip_id"])
+        return self._table["source_sha256"].to_pylist()
 
     @property
     def keys(self) -> dict[str, str]:
-        """What each kind of condition was made with (`condition_keys`); the same for all rows of a folder."""
-        return {name: key for name, key in self._clips.select_columns(["keys"])[0]["keys"].items() if key is not None}
+        """What each kind of condition was made with (`condition_keys`), of the first row."""
+        clips = {kind: self._table[f"keys.{kind}"][0].as_py() for kind in KINDS}
+        text = self._text.table["key"][int(self._text_rows[0])].as_py()
+        return {kind: key for kind, key in (clips | {"text": text}).items() if key is not None}
 
     def index(self) -> DatasetIndex:
         """Buckets and known-variant counts for the step plan."""
-        shapes = zip(self._columns["num_frames"], self._columns["height"], self._columns["width"])
+        shapes = zip(*(self._table[name].to_pylist() for name in ("num_frames", "height", "width")))
         return DatasetIndex(
-            buckets=tuple(Bucket(*map(int, shape)) for shape in shapes),
-            num_known=tuple(int(count or 0) for count in self._columns["num_known"]),
+            buckets=tuple(Bucket(*shape) for shape in shapes),
+            num_known=tuple(count or 0 for count in self._table["num_known"].to_pylist()),
         )
 
     def check_keys(self, expected: Mapping[str, str]) -> None:
         """Refuse to train on conditions that other weights or settings made.
 
+        Args:
+            expected: keys by kind (`condition_keys`); kinds that are left out are not compared.
+
         Raises:
             LatentsError: names the fields, and how to encode again.
         """
-        found = self._clips.select_columns(["keys"])["keys"]
-        stale = sorted(name for name, key in expected.items() if any(row[name] not in (None, key) for row in found))
+        stale = [
+            kind
+            for kind, key in expected.items()
+            if kind != "text" and set(self._table[f"keys.{kind}"].unique().to_pylist()) - {None, key}
+        ]
+        for (name, _), key in self._null_keys.items():
+            kind = NULL_KINDS[name]
+            if kind in expected and key != expected[kind]:
+                stale.append(kind)
         if stale:
+            raise self._stale(stale)
+        if "text" in expected:
+            self._text_rows = self._find_texts(expected["text"])
+
+    def _stale(self, kinds: Sequence[str]) -> LatentsError:
+        return LatentsError(
+            f"{self.root}: {', '.join(sorted(set(kinds)))} was encoded with other weights or settings than this "
+            "recipe's: run wan_accel.cache with this recipe, which encodes only that again"
+        )
+
+    def check_nulls(self, *, caption_dropout: float, face_dropout: float) -> None:
+        """Refuse dropouts, and clips of which nothing may be known, without the null rows that stand in for them.
+
+        Raises:
+            LatentsError: every one that is missing, and what needs it.
+        """
+        needs = {("empty_prompt", ""): f"data.caption_dropout={caption_dropout}"} if caption_dropout else {}
+        if face_dropout:
+            needs["face", ""] = f"data.face_dropout={face_dropout}"
+        if self._has_known:
+            for bucket in sorted(set(self.index().buckets)):
+                needs["animation_known", bucket_key(*bucket)] = f"clips of {bucket_key(*bucket)}"
+        missing = [f"{kind} {shape}".strip() + f" ({why})" for (kind, shape), why in needs.items()
+                   if (kind, shape) not in self._null]  # fmt: skip
+        if missing:
             raise LatentsError(
-                f"{self.root}: {', '.join(stale)} was encoded with other weights or settings than this recipe's: run "
-                "wan_accel.cache with this recipe into a new data.latents folder"
+                f"{self.root}/null has no {'; no '.join(missing)}: run wan_accel.cache on it again, or set the dropout "
+                "to 0"
             )
+
+    @property
+    def _has_known(self) -> bool:
+        return self._table["keys.known"].null_count < len(self._table)
 
     def sample(self, index: int, draw: SampleDraw) -> dict[str, Tensor]:
         """The denoiser's inputs for one draw, without a batch dim.
@@ -139,12 +228,12 @@ class LatentsDataset:
         For Animate, frame 0 of `latents` and `condition` is the reference slot.
 
         Raises:
-            LatentsError: the draw needs a null row that was not cached.
+            LatentsError: the draw needs a null row that was not cached, or the row's latents contradict its bucket.
         """
-        # As Python objects: the numpy format of datasets 5.2 strips zero bytes from the end of binary columns.
-        row = self._clips[index]
+        row = self._clips[int(self._stored[index])]
         latents = cell_to_tensor(row["latents"])
-        sample = {"text": self._text_of(row, draw)}
+        self._check_shape(row, index, latents)
+        sample = {"text": self._text_of(index, draw)}
         if row.get("image_latents") is not None:
             sample["condition"] = join_first_frame(cell_to_tensor(row["image_latents"]))
         if row["clip_features"] is not None:
@@ -162,8 +251,9 @@ class LatentsDataset:
 
     def clip_info(self, index: int) -> ClipInfo:
         """What to call the clip of a row."""
-        row = self._clips.select_columns(["clip_id", "caption", "fps"])[index]
-        return ClipInfo(clip_id=row["clip_id"], caption=row["caption"], fps=float(row["fps"]))
+        row = self._clips[int(self._stored[index])]
+        caption = self._captions.get(row["clip_id"], row["caption"])
+        return ClipInfo(clip_id=row["clip_id"], caption=caption, fps=float(row["fps"]))
 
     def unconditional(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inputs of a batch with the negative prompt and, where there are faces, none: what guidance leaves.
@@ -177,18 +267,31 @@ class LatentsDataset:
             changed["motion_vectors"] = self._null_of("face", "").expand(inputs["motion_vectors"].shape).clone()
         return {**inputs, **changed}
 
-    def _text_of(self, row: Mapping[str, Any], draw: SampleDraw) -> Tensor:
+    def _check_shape(self, row: Row, index: int, latents: Tensor) -> None:
+        if self.variant is None:
+            return
+        frames, height, width = row["num_frames"], row["height"], row["width"]
+        (stride_t, stride_h, stride_w), channels = self.variant.vae.stride, self.variant.vae.latent_channels
+        expected = (channels, (frames - 1) // stride_t + 1, height // stride_h, width // stride_w)
+        if tuple(latents.shape) != expected:
+            raise LatentsError(
+                f"{self.root}: clip {row['clip_id']} (row {index}) has latents {tuple(latents.shape)}, but its bucket "
+                f"of {frames} frames of {height}x{width} needs {expected}: its row was written by something else; "
+                "encode into a new data.latents folder"
+            )
+
+    def _text_of(self, index: int, draw: SampleDraw) -> Tensor:
         if draw.drop_caption:
             return self._null_of("empty_prompt", "")
-        return cell_to_tensor(self._text[self._text_rows[row["caption_id"]]]["embeddings"])
+        return cell_to_tensor(self._text[int(self._text_rows[index])]["embeddings"])
 
-    def _motion_of(self, row: Mapping[str, Any], draw: SampleDraw) -> Tensor:
+    def _motion_of(self, row: Row, draw: SampleDraw) -> Tensor:
         motion = cell_to_tensor(row["motion_vectors"])
         return self._null_of("face", "").expand(len(motion), -1).clone() if draw.drop_face else motion
 
-    def _condition(self, row: Mapping[str, Any], draw: SampleDraw, reference: Tensor) -> Tensor:
+    def _condition(self, row: Row, draw: SampleDraw, reference: Tensor) -> Tensor:
         shape = row["num_frames"], row["height"], row["width"]
-        known = row["known"][draw.known] if draw.known != NO_KNOWN else None
+        known = row.item("known", draw.known) if draw.known != NO_KNOWN else None
         if known is None or known["latents"] is None:
             latents = self._null_of("animation_known", bucket_key(*shape))
             mask = latents.new_zeros(NUM_MASK_CHANNELS, *latents.shape[1:])

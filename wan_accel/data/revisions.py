@@ -53,6 +53,12 @@ class PartRewriter(store.PartWriter):
         self.flush()
 
 
+def remove_unfinished(root: Path) -> None:
+    """Remove what writers that were killed left half-written, whatever their names. No writer may be at work."""
+    for path in root.glob("parts/*/*.tmp"):
+        path.unlink()
+
+
 def take_over(root: Path, features: "Features") -> None:
     """List the newest revisions in state.json, then remove those that they replace. Safe to repeat after a kill."""
     old = store.superseded(root)

@@ -20,6 +20,8 @@ QUALITY = (
 )  # fmt: skip
 # Kinds of conditions; `text` is of the text part.
 KINDS = ("text", "video", "pose", "reference", "face", "known", "image")
+# Of the null part: the kind of condition that each of its rows stands in for.
+NULL_KINDS = {"empty_prompt": "text", "negative_prompt": "text", "face": "face", "animation_known": "video"}
 # Animate's columns; datasets for text- and image-to-video have the schema without them.
 ANIMATE_COLUMNS = (
     "reference", "reference_source", "purpose", "modes", "boxes", "keypoints", "keypoints_3d", "pose_keypoints",
@@ -95,7 +97,11 @@ def tensor_feature() -> dict[str, Any]:
 
 
 def latents_features() -> "Features":
-    """Columns of the `clips` part of `wan-accel/latents@1`; what a variant does not need is null."""
+    """Columns of the `clips` part of `wan-accel/latents@1`; what a variant does not need is null.
+
+    keys: what each kind of condition was made with (`condition_keys`); that of texts is in the text part.
+    fingerprint, content: what of the clip they were made from (`data.fingerprint`).
+    """
     from datasets import Features, Sequence, Value
 
     known = {
@@ -111,7 +117,9 @@ def latents_features() -> "Features":
             "modes": Sequence(Value("string")), "latents": tensor_feature(), "reference_latents": tensor_feature(),
             "pose_latents": tensor_feature(), "clip_features": tensor_feature(), "motion_vectors": tensor_feature(),
             "image_latents": tensor_feature(), "known": [known], "num_known": Value("int32"),
-            "keys": {name: Value("string") for name in KINDS},
+            "keys": {name: Value("string") for name in KINDS}, "fingerprint": Value("string"),
+            "content": {name: Value("string") for name in KINDS},
+            "quality": {name: Value("float32") for name in QUALITY},
         }
     )  # fmt: skip
 

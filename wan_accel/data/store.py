@@ -384,7 +384,7 @@ def remove_unfinished(root: Path, writers: Iterable[str]) -> None:
             folder.rmdir()
 
 
-def _whole_parts(root: Path) -> dict[Path, Sidecar]:
+def whole_parts(root: Path) -> dict[Path, Sidecar]:
     """`parts`, each checked to have its size: a part cut between two batches would read short without an error."""
     found = parts(root)
     for part, sidecar in found.items():
@@ -427,7 +427,7 @@ def open_parts(root: Path, schema: str) -> dict[Path, Sidecar]:
     root = Path(root)
     if not (root / "state.json").is_file():
         raise StoreError(f"{root} is not a dataset of wan-accel (no state.json): give the folder that a run wrote")
-    found = _whole_parts(root)
+    found = whole_parts(root)
     listed = [root / entry["filename"] for entry in json.loads((root / "state.json").read_text())["_data_files"]]
     places = {_place(part)[:2] for part in found}
     for part in listed:
@@ -468,7 +468,7 @@ def ids(root: Path, column: str) -> set[str]:
 
 def each_id(root: Path, column: str) -> Iterator[str]:
     """Values of a string column over all finished parts, in order, as often as they are there; see `ids`."""
-    for part in _whole_parts(root):
+    for part in whole_parts(root):
         for batch in batches(part):
             yield from batch[column].to_pylist()
 

@@ -158,11 +158,20 @@ def load_text_encoder(
     Raises:
         CheckpointError: a file is missing or damaged, or its tensors are not those of umT5.
     """
+    tokenizer = load_tokenizer(checkpoint)
+    return TextEncoder(_load(checkpoint / TEXT_ENCODER_FILE, build_text_encoder, torch_dtype, device), tokenizer)
+
+
+def load_tokenizer(checkpoint: Path) -> HuggingfaceTokenizer:
+    """umT5's tokenizer.
+
+    Raises:
+        CheckpointError: it is missing.
+    """
     folder = tokenizer_folder(checkpoint)
     if not (folder / Path(TOKENIZER_FILE).name).is_file():
         raise CheckpointError(f"{folder} has no tokenizer.json: download {folder.relative_to(checkpoint)}/ of it again")
-    model = _load(checkpoint / TEXT_ENCODER_FILE, build_text_encoder, torch_dtype, device)
-    return TextEncoder(model, HuggingfaceTokenizer(str(folder), seq_len=TEXT_LENGTH, clean="whitespace"))
+    return HuggingfaceTokenizer(str(folder), seq_len=TEXT_LENGTH, clean="whitespace")
 
 
 def load_vae(

@@ -162,7 +162,7 @@ def _fill(name: str, parameter: nn.Parameter, reader: CheckpointReader, seed: in
     target = parameter.data
     rows = None
     if isinstance(target, DTensor):
-        rows = _local_rows(target)
+        rows = local_rows(target)
         target = target.to_local()
     if is_lora(name):
         value = reader.adapter.get(name)
@@ -176,7 +176,7 @@ def _fill(name: str, parameter: nn.Parameter, reader: CheckpointReader, seed: in
     target.copy_(value.reshape(target.shape))
 
 
-def _local_rows(parameter: DTensor) -> slice:
+def local_rows(parameter: DTensor) -> slice:
     """The rows of dim 0 that this rank holds (`fully_shard` shards dim 0 in ceil-sized chunks)."""
     mesh = parameter.device_mesh
     for axis, placement in enumerate(parameter.placements):

@@ -89,15 +89,34 @@ class Eval:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """A latents folder of a mixture. `weight` is its share of an epoch relative to the others', by default its rows."""
+
+    __pydantic_config__ = _STRICT
+    path: str
+    weight: Annotated[float, Field(gt=0)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Data:
     """Datasets and batches. `global_batch` is over all ranks, `micro_batch` what a rank runs at once; 1 sample each.
 
-    `image_dropout` is the share of samples that ti2v-5b is trained on without their first frame.
+    latents: the folder that the cache writes and training reads; `datasets` instead trains on several.
+    captions: a file of captions by clip_id, in place of the clips' own. where: which clips, an expression.
+    on_the_fly: conditions that training encodes itself, anew for every draw, from `clips`.
+    augment, augment_caption: `package.module:function` for the frames or captions of those.
+    image_dropout: the share of samples that ti2v-5b is trained on without their first frame.
     """
 
     __pydantic_config__ = _STRICT
-    latents: str
+    latents: str | None = None
+    datasets: list[Part] = field(default_factory=list)
     clips: str | None = None
+    captions: str | None = None
+    where: str | None = None
+    on_the_fly: list[Literal["video", "text", "known"]] = field(default_factory=list)
+    augment: str | None = None
+    augment_caption: str | None = None
     global_batch: Batch = field(default_factory=lambda: Batch(samples=1))
     micro_batch: Batch = field(default_factory=lambda: Batch(samples=1))
     caption_dropout: Probability = 0.0
@@ -108,10 +127,14 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cache:
-    """How conditions are encoded. `known_variants` are drawn a clip; training picks one an epoch."""
+    """How conditions are encoded. `known_variants` are drawn a clip; training picks one an epoch.
+
+    `shard_text_encoder` splits umT5 over all processes while captions are encoded.
+    """
 
     __pydantic_config__ = _STRICT
     known_variants: Annotated[int, Field(ge=0)] = 4
+    shard_text_encoder: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,14 +1,15 @@
 """A clip to its tensor columns in the latents dataset: one rank's encoders, and what they make of a row."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 
 from wan_accel.data.clips import Clip
 from wan_accel.data.latents import tensor_to_cell
@@ -23,7 +24,7 @@ from wan_accel.models.conditioning.animate import (
 )
 from wan_accel.models.conditioning.image import first_frame_pixels
 from wan_accel.models.denoiser import encode_motion
-from wan_accel.models.encoders import load_clip, load_motion_encoder, load_vae
+from wan_accel.models.encoders import ImageEncoder, VideoVae, load_clip, load_motion_encoder, load_vae
 from wan_accel.models.variants import FACE_SIZE, Variant
 
 STORED = torch.bfloat16
@@ -32,51 +33,76 @@ _FACES_AT_ONCE = 16
 _NEEDED_BY_ANIMATE = ("reference_rgb", "pose_keypoints", "faces_rgb")
 
 
+def usable_modes(clip: Clip, modes: Sequence[str]) -> list[str]:
+    """The modes that a clip can be trained in: replacement needs a mask.
+
+    Raises:
+        ValueError: none.
+    """
+    usable = [mode for mode in modes if mode != "replacement" or clip.mask is not None]
+    if not usable:
+        raise ValueError(f"clip {clip.clip_id} has no mode to train (modes {list(modes)}; replacement needs a mask)")
+    return usable
+
+
 class ClipEncoder:
-    """The networks that clips need. Latents and CLIP features come out in bf16, motion vectors in fp32, on the CPU.
+    """The networks that clips need, each loaded when it is first used.
+
+    Latents and CLIP features come out in bf16, motion vectors in fp32, on the CPU.
 
     Args:
         variant: what is to be trained.
         checkpoint: folder with its VAE and, where the variant needs them, CLIP and the motion encoder.
         known_variants: known-pixel variants to draw for each clip.
         device: where the networks run.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
     """
 
     def __init__(
         self, variant: Variant, checkpoint: Path, *, known_variants: int, device: torch.device | str = "cpu"
     ) -> None:
         self.variant = variant
+        self.checkpoint = checkpoint
         self.known_variants = known_variants
         self.device = device
-        self.vae = load_vae(checkpoint, variant, device=device)
-        if "clip" in variant.conditioning:
-            self.clip = load_clip(checkpoint, device=device)
-        if variant.has_animate_adapter:
-            self.motion_encoder = load_motion_encoder(checkpoint, variant, device=device)
 
-    def encode(self, clip: Clip, *, modes: Sequence[str] = ()) -> dict[str, Any]:
+    @cached_property
+    def vae(self) -> VideoVae:
+        return load_vae(self.checkpoint, self.variant, device=self.device)
+
+    @cached_property
+    def clip(self) -> ImageEncoder:
+        return load_clip(self.checkpoint, device=self.device)
+
+    @cached_property
+    def motion_encoder(self) -> nn.Module:
+        return load_motion_encoder(self.checkpoint, self.variant, device=self.device)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of conditions that the variant's clips have."""
+        image = ("image",) if "first_frame" in self.variant.conditioning else ()
+        animate = ("pose", "reference", "face", "known") if self.variant.has_animate_adapter else ()
+        return ("video", *image, *animate)
+
+    def encode(
+        self, clip: Clip, *, modes: Sequence[str] = (), kinds: Collection[str] | None = None
+    ) -> dict[str, Any]:
         """The tensor columns of a clip.
 
         Args:
             clip: what the row holds.
             modes: `animation`, `replacement`: what known variants are drawn from.
+            kinds: which kinds of conditions; the variant's by default. Others' columns are left out.
 
         Raises:
             ValueError: the clip lacks what the variant needs, or its sizes do not fit.
+            CheckpointError: a file is missing or damaged.
         """
         self._check_sizes(clip)
-        frames = to_pixels(clip.frames_rgb)
-        latents = self.video(frames)
-        encoded: dict[str, Any] = {"latents": tensor_to_cell(latents), "known": [], "num_known": 0}
-        if "first_frame" in self.variant.conditioning:
-            encoded |= self._image_columns(frames)
-        if not self.variant.has_animate_adapter:
-            return encoded
-        known = self._known(clip, frames, modes, latent_hw=(latents.shape[2], latents.shape[3]))
-        return encoded | self._animate_columns(clip) | {"known": known, "num_known": len(known)}
+        columns: dict[str, Any] = {}
+        for kind in self.kinds if kinds is None else kinds:
+            columns |= _COLUMNS[kind](self, clip, modes)
+        return columns
 
     def _check_sizes(self, clip: Clip) -> None:
         height, width = clip.frames_rgb.shape[1:3]
@@ -109,25 +135,39 @@ class ClipEncoder:
                     "the clip again with --purpose train"
                 )
 
-    def _image_columns(self, frames: Tensor) -> dict[str, Any]:
+    def _image_columns(self, clip: Clip, modes: Sequence[str]) -> dict[str, Any]:
         """The first frame as it is joined to the channels, and its CLIP features where the variant has them."""
+        frames = to_pixels(clip.frames_rgb)
         columns = {"image_latents": tensor_to_cell(self.video(first_frame_pixels(frames)))}
         if "clip" in self.variant.conditioning:
             columns["clip_features"] = tensor_to_cell(self.image(frames[:, :1]))
         return columns
 
-    def _animate_columns(self, clip: Clip) -> dict[str, Any]:
-        assert clip.reference_rgb is not None and clip.pose_keypoints is not None and clip.faces_rgb is not None
-        reference = to_pixels(clip.reference_rgb[None])
+    def _video_columns(self, clip: Clip, modes: Sequence[str]) -> dict[str, Any]:
+        return {"latents": tensor_to_cell(self.video(to_pixels(clip.frames_rgb)))}
+
+    def _pose_columns(self, clip: Clip, modes: Sequence[str]) -> dict[str, Any]:
+        assert clip.pose_keypoints is not None
         # The poses of all frames make one video as long as the target's: pose latent k is of the same four frames
         # as latent k. (DiffSynth cuts four frames off and so trains on poses that lag behind.)
         pose = to_pixels(draw_poses(clip.pose_keypoints, clip.canvas_hw))
+        return {"pose_latents": tensor_to_cell(self.video(pose))}
+
+    def _reference_columns(self, clip: Clip, modes: Sequence[str]) -> dict[str, Any]:
+        assert clip.reference_rgb is not None
+        reference = to_pixels(clip.reference_rgb[None])
         return {
             "reference_latents": tensor_to_cell(self.video(reference)),
-            "pose_latents": tensor_to_cell(self.video(pose)),
             "clip_features": tensor_to_cell(self.image(reference)),
-            "motion_vectors": tensor_to_cell(self.motion(clip.faces_rgb)),
         }
+
+    def _face_columns(self, clip: Clip, modes: Sequence[str]) -> dict[str, Any]:
+        assert clip.faces_rgb is not None
+        return {"motion_vectors": tensor_to_cell(self.motion(clip.faces_rgb))}
+
+    def _known_columns(self, clip: Clip, modes: Sequence[str]) -> dict[str, Any]:
+        known = self._known(clip, to_pixels(clip.frames_rgb), modes)
+        return {"known": known, "num_known": len(known)}
 
     def video(self, pixels: Tensor) -> Tensor:
         """(3, T, H, W) in [-1, 1] -> latents (C, F, h, w)."""
@@ -152,15 +192,11 @@ class ClipEncoder:
         """Latents (C, F, h, w) of a mid-grey video: animation of which nothing is known."""
         return self.video(torch.zeros(3, num_frames, height, width))
 
-    def _known(
-        self, clip: Clip, frames: Tensor, modes: Sequence[str], *, latent_hw: tuple[int, int]
-    ) -> list[dict[str, Any]]:
+    def _known(self, clip: Clip, frames: Tensor, modes: Sequence[str]) -> list[dict[str, Any]]:
         """The clip's known variants, drawn from its name and their number; plain animation stores no tensors."""
-        usable = [mode for mode in modes if mode != "replacement" or clip.mask is not None]
-        if not usable:
-            raise ValueError(
-                f"clip {clip.clip_id} has no mode to train (modes {list(modes)}; replacement needs a mask)"
-            )
+        usable = usable_modes(clip, modes)
+        stride = self.vae.stride
+        latent_hw = (frames.shape[2] // stride[1], frames.shape[3] // stride[2])
         rows = []
         for number in range(self.known_variants):
             entropy = [number, xxhash.xxh64(clip.clip_id.encode()).intdigest()]
@@ -179,3 +215,14 @@ class ClipEncoder:
             "latents": tensor_to_cell(self.video(known_pixels(frames, grown, variant))),
             "mask_bits": np.packbits(mask.numpy().astype(bool)).tobytes(),
         }
+
+
+# What each kind of condition is encoded by; the order is that of the work.
+_COLUMNS: dict[str, Callable[[ClipEncoder, Clip, Sequence[str]], dict[str, Any]]] = {
+    "video": ClipEncoder._video_columns,
+    "image": ClipEncoder._image_columns,
+    "pose": ClipEncoder._pose_columns,
+    "reference": ClipEncoder._reference_columns,
+    "face": ClipEncoder._face_columns,
+    "known": ClipEncoder._known_columns,
+}

@@ -1,6 +1,6 @@
 """What caching a clip costs, by its variant's conditions: bytes of every column, and videos through the VAE."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from wan_accel.models.variants import Conditioning, Variant
@@ -35,16 +35,31 @@ _VIDEOS: dict[Conditioning, Callable[[int], int]] = {
 }
 
 
-def bytes_by_column(variant: Variant, shape: tuple[int, int, int], *, known_variants: int) -> dict[str, int]:
-    """Bytes that a clip of `shape` (frames, height, width in pixels) takes in every column of tensors."""
+# What each kind of condition, as the cache keys it, is made of.
+_CONDITIONS: dict[str, tuple[Conditioning, ...]] = {
+    "pose": ("pose",), "reference": ("reference", "clip"), "face": ("face",), "known": ("known",),
+    "image": ("first_frame", "clip"),
+}  # fmt: skip
+
+
+def _conditions(variant: Variant, kinds: Collection[str]) -> list[Conditioning]:
+    wanted = {condition for kind in kinds for condition in _CONDITIONS.get(kind, ())}
+    return [condition for condition in variant.conditioning if condition in wanted]
+
+
+def bytes_by_column(
+    variant: Variant, shape: tuple[int, int, int], *, kinds: Collection[str], known_variants: int
+) -> dict[str, int]:
+    """Bytes that a clip of `shape` (frames, height, width in pixels) takes in the columns of some kinds."""
     frames, height, width = shape
     stride_t, stride_h, stride_w = variant.vae.stride
     picture = (height // stride_h) * (width // stride_w) * variant.vae.latent_channels * BYTES_STORED
     size = ClipSize(((frames - 1) // stride_t + 1) * picture, picture, frames, known_variants)
-    columns = [_COLUMNS[kind] for kind in variant.conditioning if kind in _COLUMNS]
-    return {"latents": size.video, **{name: count(size) for name, count in columns}}
+    columns = [_COLUMNS[condition] for condition in _conditions(variant, kinds)]
+    return {"latents": size.video if "video" in kinds else 0, **{name: count(size) for name, count in columns}}
 
 
-def videos_per_clip(variant: Variant, *, known_variants: int) -> int:
-    """Videos as long as the clip that go through the VAE, its own included."""
-    return 1 + sum(_VIDEOS[kind](known_variants) for kind in variant.conditioning if kind in _VIDEOS)
+def videos_per_clip(variant: Variant, *, kinds: Collection[str], known_variants: int) -> int:
+    """Videos as long as the clip that go through the VAE for some kinds, its own included."""
+    found = [condition for condition in _conditions(variant, kinds) if condition in _VIDEOS]
+    return int("video" in kinds) + sum(_VIDEOS[condition](known_variants) for condition in found)

@@ -4,9 +4,9 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-import xxhash
 from torch import Tensor
 
+from wan_accel.data.captions import caption_id
 from wan_accel.models.encoders import TextEncoder
 from wan_accel.models.variants import TEXT_LENGTH
 
@@ -28,11 +28,6 @@ class EncodedCaption(NamedTuple):
     caption_id: str
     caption: str
     embeddings: Tensor
-
-
-def caption_id(caption: str) -> str:
-    """Name a caption by its xxh64 hash, in hex."""
-    return xxhash.xxh64(caption.encode()).hexdigest()
 
 
 def encode_captions(encoder: TextEncoder, captions: Iterable[str], *, batch_size: int = 8) -> Iterator[EncodedCaption]:

@@ -1,0 +1,138 @@
+"""The clips part of a latents folder: ranks claim parts to write again and clips to encode, one by one."""
+
+import json
+import logging
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from wan_accel.cache_plan import ClipWork, is_stale, other_keys
+from wan_accel.cache_source import ClipsSource
+from wan_accel.data import store
+from wan_accel.data.clips import load_clip
+from wan_accel.data.revisions import PartRewriter, take_over
+from wan_accel.data.schema import latents_features
+from wan_accel.models.conditioning.clips import ClipEncoder
+
+logger = logging.getLogger("wan_accel")
+_BATCH_BYTES = 64 << 20  # readers map batches lazily, but `load_from_disk` pays for each
+
+
+class ClipsJob:
+    """Encodes clips, and of stale rows only what is stale.
+
+    Args:
+        root: the latents folder.
+        source: the clips.
+        encoder: of this rank.
+        keys: of each kind of condition of a clip.
+        state: of this rank.
+    """
+
+    def __init__(
+        self, root: Path, source: ClipsSource, encoder: ClipEncoder, *, keys: Mapping[str, str], state: PartialState
+    ) -> None:
+        self.root = root / "clips"
+        self.rejected = root / "rejected.jsonl"
+        self.source = source
+        self.encoder = encoder
+        self.keys = keys
+        self.state = state
+        self.features = latents_features()
+
+    @property
+    def claims(self) -> Path:
+        """Inside a folder that is surely ours, since it is removed."""
+        return self.root / "claims"
+
+    def run(self, work: ClipWork) -> None:
+        """Every rank calls it with the same work. No collectives but a barrier between the two passes."""
+        self._rewrite(work.parts)
+        self.state.wait_for_everyone()  # a writer tidies its folder, where another rank may have written a revision
+        if self.state.is_main_process:
+            take_over(self.root, self.features)
+        self.state.wait_for_everyone()
+        self._encode(work.new)
+
+    def _rewrite(self, parts: Sequence[Path]) -> None:
+        names = {f"part{number}": part for number, part in enumerate(parts)}
+        for name in self._claim(list(names), "stale parts"):
+            with PartRewriter(self.root, names[name], features=self.features, batch_bytes=_BATCH_BYTES) as writer:
+                for batch in store.batches(names[name]):
+                    for index in range(batch.num_rows):
+                        row = self._refreshed(store.plain_row(batch, index))
+                        if row is not None:
+                            writer.write(row)
+            if self.state.is_main_process:  # the only one to write state.json in this pass
+                take_over(self.root, self.features)
+
+    def _refreshed(self, stored: dict[str, Any]) -> dict[str, Any] | None:
+        """A stored row with its stale columns encoded again; None if its clip is gone or cannot be encoded."""
+        if not is_stale(stored, self.source, self.keys):
+            return stored
+        number = self.source.row_of(stored["clip_id"])
+        if number is None:
+            logger.info("clip %s is no longer in data.clips: dropped", stored["clip_id"])
+            return None
+        clip = self.source.rows[number]
+        described = self.source.describe(number, clip, self.keys)
+        stale = other_keys(stored, self.keys) | {
+            kind for kind, content in described["content"].items() if stored["content"][kind] != content
+        }
+        columns = self._columns(clip, [kind for kind in self.keys if kind in stale])
+        return None if columns is None else {**stored, **described, **columns}
+
+    def _encode(self, rows: Sequence[int]) -> None:
+        with store.PartWriter(
+            self.root,
+            writer=f"rank{self.state.process_index}",
+            features=self.features,
+            batch_bytes=_BATCH_BYTES,
+        ) as writer:
+            for name in self._claim(list(map(str, rows)), "clips"):
+                clip = self.source.rows[int(name)]
+                try:
+                    columns = self._columns(clip, list(self.keys))
+                except BaseException:
+                    writer.flush()  # what is encoded is kept, whatever stops this rank
+                    raise
+                if columns is not None:
+                    writer.write({**self.source.describe(int(name), clip, self.keys), **columns})
+
+    def _columns(self, clip: Mapping[str, Any], kinds: Collection[str]) -> dict[str, Any] | None:
+        """The tensor columns of some kinds; None, and a line in rejected.jsonl, for a clip that cannot be encoded."""
+        if not kinds:
+            return {}
+        try:
+            return self.encoder.encode(load_clip(clip), modes=clip.get("modes") or [], kinds=kinds)
+        except (ValueError, torch.OutOfMemoryError) as error:
+            logger.warning("clip %s is left out: %s", clip["clip_id"], error)
+            with self.rejected.open("a") as file:
+                file.write(json.dumps({"clip_id": clip["clip_id"], "reason": str(error)}) + "\n")
+            return None
+
+    def _claim(self, names: list[str], what: str) -> Iterator[str]:
+        """Yield the names that this rank gets; a claim file made by `O_EXCL` belongs to one rank.
+
+        Ranks begin far apart and take what slower ones have left, so that they seldom try the same name.
+        """
+        start = len(names) * self.state.process_index // self.state.num_processes
+        taken: set[str] = set()
+        bar = tqdm(total=len(names), desc=what, disable=not names or not self.state.is_main_process)
+        for name in names[start:] + names[:start]:
+            if name in taken:
+                continue
+            try:
+                os.close(os.open(self.claims / name, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                taken = set(os.listdir(self.claims))
+                continue
+            if self.state.is_main_process:
+                bar.update(len(set(os.listdir(self.claims)).intersection(names)) - bar.n)  # of all ranks
+            yield name
+        bar.close()

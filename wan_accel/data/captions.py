@@ -1,0 +1,83 @@
+"""Captions from a file, laid over those of a dataset without rewriting it. Torch-free."""
+
+import csv
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+_COLUMNS = ("clip_id", "caption")
+
+
+def caption_id(caption: str) -> str:
+    """Name a caption by its xxh64 hash, in hex."""
+    return xxhash.xxh64(caption.encode()).hexdigest()
+
+
+def read_captions(path: Path) -> dict[str, str]:
+    """Captions by clip_id: rows {clip_id, caption} of a .jsonl, .csv or .parquet file, or a .json with them or a map.
+
+    Raises:
+        ValueError: no such file, another format, a row without both columns, or a clip with two captions.
+    """
+    path = Path(path)
+    if path.suffix not in _READERS:
+        raise ValueError(f"data.captions={path} is not a file of captions: give one of {', '.join(_READERS)}")
+    if not path.is_file():
+        raise ValueError(f"data.captions={path} does not exist: give a file with clip_id and caption of each clip")
+    try:
+        rows = _READERS[path.suffix](path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"data.captions={path} cannot be read ({error})") from None
+    captions: dict[str, str] = {}
+    for number, row in enumerate(rows, 1):
+        clip_id, caption = (row.get(name) for name in _COLUMNS) if isinstance(row, Mapping) else (None, None)
+        if not isinstance(clip_id, str) or not isinstance(caption, str):
+            raise ValueError(f"data.captions={path}: row {number} has no text clip_id and caption, it is {row!r:.100}")
+        if captions.setdefault(clip_id, caption) != caption:
+            raise ValueError(f"data.captions={path}: {clip_id} has two captions (row {number}): keep one")
+    return captions
+
+
+def check_clip_ids(captions: Mapping[str, str], clip_ids: Iterable[str], path: str) -> None:
+    """Refuse captions of clips that are not there: a misspelt id would leave a clip with its old caption.
+
+    Raises:
+        ValueError: how many, and the first of them.
+    """
+    unknown = sorted(captions.keys() - set(clip_ids))
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise ValueError(
+            f"data.captions={path} has captions of {len(unknown)} clips that the dataset does not have "
+            f"({', '.join(unknown[:3])}{more}): remove them, or correct their clip_id"
+        )
+
+
+def _read_jsonl(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def _read_json(path: Path) -> list[Any]:
+    content = json.loads(path.read_text())
+    if isinstance(content, Mapping):
+        return [dict(zip(_COLUMNS, item)) for item in content.items()]
+    if not isinstance(content, list):
+        raise ValueError("it holds neither a list of rows nor a map of clip_id to caption")
+    return content
+
+
+def _read_csv(path: Path) -> list[Any]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _read_parquet(path: Path) -> list[Any]:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path, columns=list(_COLUMNS)).to_pylist()
+
+
+_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
