@@ -17,6 +17,7 @@ from wan_accel.data import store
 from wan_accel.data.schema import check_schema
 
 _OPEN_PARTS = 64  # files kept open a process
+_COPIED_AT_ONCE = 64  # batches: a batch that is held costs its 58 KB
 
 
 class _Place(NamedTuple):
@@ -69,13 +70,17 @@ class Rows:
         with pa.memory_map(str(self.parts[number])) as source:
             stream = pa.ipc.open_stream(source)
             names = [name for name in light if name in stream.schema.names]
-            batches = []
+            fields = pa.schema([stream.schema.field(name) for name in names])
+            tables = [_flat(pa.Table.from_batches([], fields))]
+            batches: list[pa.RecordBatch] = []
             for offset, batch in _with_offsets(source, stream):
                 self._places.append(_Place(number, offset, first_row))
                 first_row += batch.num_rows
                 batches.append(batch.select(names))
-            fields = pa.schema([stream.schema.field(name) for name in names])
-            return _flat(pa.Table.from_batches(batches, fields))
+                if len(batches) == _COPIED_AT_ONCE:
+                    tables.append(_flat(pa.Table.from_batches(batches, fields)))
+                    batches = []
+            return pa.concat_tables([*tables, _flat(pa.Table.from_batches(batches, fields))])
 
     def __len__(self) -> int:
         return len(self.table)
