@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -119,7 +119,7 @@ class Step:
 Group = tuple[tuple[Bucket, str], np.ndarray]
 
 # Purposes of random numbers: one stream each, so that adding a draw never changes another.
-_ORDER, _STEP_ORDER, _SIGMA, _NOISE, _CAPTION, _FACE, _KNOWN, _SPLIT, _FIXED, _IMAGE = range(10)
+_ORDER, _STEP_ORDER, _SIGMA, _NOISE, _CAPTION, _FACE, _KNOWN, _SPLIT, _FIXED, _IMAGE, _MIXTURE = range(11)
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
@@ -144,6 +144,18 @@ def _uniform(seed: int, purpose: int, epoch: int, items: np.ndarray) -> np.ndarr
     return (_hash(seed, purpose, epoch, items) >> np.uint64(11)).astype(np.float64) / 2**53
 
 
+def shuffled(rows: np.ndarray, *, seed: int, number: int) -> np.ndarray:
+    """Rows in an order fixed by (seed, number): the passes of a mixture over a dataset."""
+    return rows[np.argsort(_hash(seed, _MIXTURE, number, rows), kind="stable")]
+
+
+class EpochItems(Protocol):
+    """What an epoch is made of where that is not every row once: `Mixture`. Item i is row i % (rows of the index)."""
+
+    def of(self, epoch: int) -> np.ndarray:
+        """The items of an epoch, as many as there are rows to train on, each once."""
+
+
 class StepPlan:
     """The schedule of a run.
 
@@ -156,6 +168,7 @@ class StepPlan:
         experts: the experts trained in this run; with two, a sample belongs to the one whose range holds its sigma.
         caption_dropout, face_dropout: probabilities.
         rows: rows to train on; all by default (validation rows are left out here).
+        mixture: which of them an epoch has, and how often; each once by default.
 
     Raises:
         ValueError: no rows, or a batch below 1.
@@ -174,8 +187,10 @@ class StepPlan:
         face_dropout: float = 0.0,
         image_dropout: float = 0.0,
         rows: Sequence[int] | None = None,
+        mixture: EpochItems | None = None,
     ) -> None:
         self.index = index
+        self.mixture = mixture
         self.rows = np.arange(len(index.buckets)) if rows is None else np.asarray(sorted(rows), dtype=np.int64)
         if len(self.rows) == 0:
             raise ValueError("the training split has no rows: lower data.eval.fraction or add clips")
@@ -201,7 +216,8 @@ class StepPlan:
         self._cuts = np.asarray([(share - span[0]) / (span[1] - span[0]) for share in shares])
         self._kinds = sorted({index.buckets[row] for row in self.rows.tolist()})
         numbers = {bucket: number for number, bucket in enumerate(self._kinds)}
-        self._bucket_numbers = np.asarray([numbers[index.buckets[row]] for row in self.rows.tolist()])
+        self._bucket_numbers = np.zeros(len(index.buckets), dtype=np.int64)
+        self._bucket_numbers[self.rows] = [numbers[index.buckets[row]] for row in self.rows.tolist()]
         self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
         self._starts = [0]  # first step of each epoch so far
 
@@ -259,16 +275,17 @@ class StepPlan:
 
     def _plan_epoch(self, epoch: int) -> list[list[Group]]:
         """Every step of an epoch as groups of rows, before they are dealt to ranks."""
-        order = np.argsort(_hash(self.seed, _ORDER, epoch, self.rows), kind="stable")
+        items = self.rows if self.mixture is None else self.mixture.of(epoch)
+        order = np.argsort(_hash(self.seed, _ORDER, epoch, items), kind="stable")
         # Groups in the order of (bucket, expert name), rows in the order of the epoch.
         names = sorted(expert.name for expert in self.experts)
-        owners = np.asarray([names.index(expert.name) for expert in self.experts])[self._owners(epoch)]
-        keys = (self._bucket_numbers * len(names) + owners)[order]
+        owners = np.asarray([names.index(expert.name) for expert in self.experts])[self._owners(items, epoch)]
+        keys = (self._bucket_numbers[items % len(self.index.buckets)] * len(names) + owners)[order]
         by_key = np.argsort(keys, kind="stable")
         numbers, firsts = np.unique(keys[by_key], return_index=True)
         steps: list[list[Group]] = []
         tail: list[Group] = []
-        for number, rows in zip(numbers.tolist(), np.split(self.rows[order][by_key], firsts[1:])):
+        for number, rows in zip(numbers.tolist(), np.split(items[order][by_key], firsts[1:])):
             key = (self._kinds[number // len(names)], names[number % len(names)])
             size = num_samples(self.global_batch, key[0])
             full = len(rows) // size * size
@@ -278,9 +295,9 @@ class StepPlan:
         shuffled = np.argsort(_hash(self.seed, _STEP_ORDER, epoch, np.arange(len(steps))), kind="stable")
         return [steps[i] for i in shuffled]
 
-    def _owners(self, epoch: int) -> np.ndarray:
-        """The position in `experts` of each row's expert."""
-        return np.searchsorted(self._cuts, _uniform(self.seed, _SIGMA, epoch, self.rows), side="right")
+    def _owners(self, items: np.ndarray, epoch: int) -> np.ndarray:
+        """The position in `experts` of each item's expert."""
+        return np.searchsorted(self._cuts, _uniform(self.seed, _SIGMA, epoch, items), side="right")
 
     def expert_at(self, sigma: float) -> str:
         """The name of the trained expert for a noise level; the only one for any."""
@@ -288,15 +305,15 @@ class StepPlan:
             return self.experts[0].name
         return next(expert.name for expert in self.experts if expert.covers(sigma))
 
-    def _sigma(self, row: int, epoch: int) -> float:
+    def _sigma(self, item: int, epoch: int) -> float:
         """The sample's noise level, inside the range of the expert that its draw belongs to."""
-        u = float(_uniform(self.seed, _SIGMA, epoch, np.asarray(row)))
+        u = float(_uniform(self.seed, _SIGMA, epoch, np.asarray(item)))
         expert = self.experts[int(np.searchsorted(self._cuts, u, side="right"))]
         highest = expert.sigma_max if expert.covers(expert.sigma_max) else math.nextafter(expert.sigma_max, 0.0)
         return min(max(self.levels.sample(u), expert.sigma_min), highest)
 
-    def _draw(self, row: int, epoch: int) -> SampleDraw:
-        item = np.asarray(row)
+    def _draw(self, number: int, epoch: int) -> SampleDraw:
+        item, row = np.asarray(number), number % len(self.index.buckets)
 
         def uniform(purpose: int) -> float:
             return float(_uniform(self.seed, purpose, epoch, item))
@@ -305,7 +322,7 @@ class StepPlan:
         return SampleDraw(
             index=row,
             epoch=epoch,
-            sigma=self._sigma(row, epoch),
+            sigma=self._sigma(number, epoch),
             noise_seed=int(_hash(self.seed, _NOISE, epoch, item) >> np.uint64(1)),
             drop_caption=uniform(_CAPTION) < self.caption_dropout,
             drop_face=uniform(_FACE) < self.face_dropout,
