@@ -25,7 +25,7 @@ class ClipsSource:
     Args:
         root: the clips dataset.
         variant: what is to be trained.
-        captions: a file of captions (`data.captions`).
+        captions: a file of captions (`data.captions`); their texts are encoded, the rows keep their own.
         where: an expression over the small columns (`data.where`).
 
     Raises:
@@ -41,11 +41,12 @@ class ClipsSource:
             self._refuse_driving_clips(root)
         table = self.rows.table
         self.clip_ids: list[str] = table["clip_id"].to_pylist()
-        self.captions: list[str] = [caption or "" for caption in table["caption"].to_pylist()]
+        self._own_captions: list[str] = [caption or "" for caption in table["caption"].to_pylist()]
+        self.captions = self._own_captions
         if captions is not None:
             overlay = read_captions(Path(captions))
             check_clip_ids(overlay, self.clip_ids, captions)
-            self.captions = [overlay.get(name, own) for name, own in zip(self.clip_ids, self.captions)]
+            self.captions = [overlay.get(name, own) for name, own in zip(self.clip_ids, self._own_captions)]
         self.chosen = choose_rows(table, self.captions, where)
         if not self.chosen:
             raise ValueError(f"data.where={where!r} holds for no clip of {root}: loosen it")
@@ -81,7 +82,7 @@ class ClipsSource:
             return True
         return (
             stored["fingerprint"] == self._fingerprints[row]
-            and stored["caption_id"] == caption_id(self.captions[row])
+            and stored["caption_id"] == caption_id(self._own_captions[row])
         )
 
     def is_chosen(self, clip_id: str) -> bool:
@@ -92,7 +93,7 @@ class ClipsSource:
 
     def describe(self, row: int, clip: Row, keys: Mapping[str, str]) -> dict[str, Any]:
         """The columns of a latents row that are no tensors. `keys` of each kind of condition of a clip."""
-        caption = self.captions[row]
+        caption = self._own_captions[row]
         return {
             "schema": LATENTS_SCHEMA, "source_sha256": clip["source"]["sha256"], "caption": caption,
             "caption_id": caption_id(caption), "modes": clip.get("modes") or [], "keys": dict(keys),

@@ -110,7 +110,8 @@ class LatentsDataset:
             self._choose(where)
         self._table = self._clips.table.take(self._stored)
         self._caption_ids = self._caption_ids_of_rows()
-        self._text_rows = self._find_texts(key=None)
+        # With an overlay only when they are asked for: whether it fits is told by the ids of all folders of a mixture.
+        self._found_texts = self._find_texts(key=None) if not self._captions else None
 
     def _choose(self, where: str) -> None:
         table = self._clips.table
@@ -127,6 +128,12 @@ class LatentsDataset:
         overlay = {name: caption_id(caption) for name, caption in self._captions.items()}
         return pa.array([overlay.get(name, found) for name, found in zip(self.clip_ids, own)])
 
+    @property
+    def _text_rows(self) -> np.ndarray:
+        if self._found_texts is None:
+            self._found_texts = self._find_texts(key=None)
+        return self._found_texts
+
     def _find_texts(self, key: str | None) -> np.ndarray:
         """The text row of every row. While texts are encoded anew old ones are there too: `key` tells which."""
         table = self._text.table
@@ -134,6 +141,7 @@ class LatentsDataset:
         found = pc.index_in(self._caption_ids, value_set=table["caption_id"].take(rows).combine_chunks())
         if found.null_count:
             if key is not None:
+                self._find_texts(key=None)  # raises where a text is missing altogether
                 raise self._stale(["text"])
             raise LatentsError(
                 f"{self.root} has no text for {len(found.filter(found.is_null()))} clips: run wan_accel.cache on it "
@@ -148,6 +156,11 @@ class LatentsDataset:
 
     def __len__(self) -> int:
         return len(self._stored)
+
+    @property
+    def all_clip_ids(self) -> list[str]:
+        """Clips of the folder, chosen or not."""
+        return self._clips.table["clip_id"].to_pylist()
 
     @property
     def group_ids(self) -> list[str]:
@@ -190,7 +203,7 @@ class LatentsDataset:
         if stale:
             raise self._stale(stale)
         if "text" in expected:
-            self._text_rows = self._find_texts(expected["text"])
+            self._found_texts = self._find_texts(expected["text"])
 
     def _stale(self, kinds: Sequence[str]) -> LatentsError:
         return LatentsError(
