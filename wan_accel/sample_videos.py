@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from wan_accel.data.latents import LatentsDataset
+from wan_accel.data.mixture import MixedLatents
 from wan_accel.models.hub import resolve_checkpoint
 from wan_accel.recipe.schema import Recipe, SampleVideos
 from wan_accel.sample_drawing import draw_share, gather, sample_draws
@@ -39,7 +40,7 @@ class VideoSampler:
     def __init__(
         self, trainer: WanTrainer, settings: SampleVideos, *, checkpoint: Path, folder: Path, clips: Path | None = None
     ) -> None:
-        assert isinstance(trainer.source, LatentsDataset)
+        assert isinstance(trainer.source, LatentsDataset | MixedLatents)
         self.trainer = trainer
         self.settings = settings
         self.source = trainer.source

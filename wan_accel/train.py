@@ -16,11 +16,10 @@ from wan_accel import checkpoint
 from wan_accel.arguments import WanTrainingArguments
 from wan_accel.assemble import Techniques, assemble_experts, launched_engine, launched_replicas
 from wan_accel.data.latents import LatentsDataset
+from wan_accel.data.mixture import MixedLatents
 from wan_accel.logs import log_failure, log_to_file, start_logging
 from wan_accel.lora import LoraSettings
 from wan_accel.metrics import write_run_state
-from wan_accel.models.checkpoint_files import condition_keys
-from wan_accel.models.hub import resolve_checkpoint
 from wan_accel.models.loading import CheckpointReader
 from wan_accel.models.variants import Expert, get_variant
 from wan_accel.nonfinite import NonFiniteError
@@ -33,6 +32,7 @@ from wan_accel.recipe.load import load_recipe, to_yaml
 from wan_accel.recipe.schema import Recipe
 from wan_accel.sample_schedule import choose_rows
 from wan_accel.sample_videos import add_sampling
+from wan_accel.sources import open_live, open_source
 from wan_accel.step_plan import SampleDraw, StepPlan, fixed_draws, split_groups
 from wan_accel.trainer import WanTrainer, default_plan
 from wan_accel.weights import open_weights
@@ -86,11 +86,9 @@ def build_trainer(recipe: Recipe, readers: Mapping[str, CheckpointReader] | None
     device = args.device  # sets the process group up
     variant = get_variant(recipe.variant)
     experts = variant.trained_experts(recipe.model.expert)
-    source = LatentsDataset(Path(str(recipe.data.latents)))
+    source = open_source(recipe, variant)
     applied = techniques(recipe, args.seed)
     readers = readers or {expert.name: open_weights(recipe, expert.name, applied.lora) for expert in experts}
-    checkpoint_folder = resolve_checkpoint(recipe.model.checkpoint, recipe.model.revision)
-    source.check_keys(condition_keys(variant, checkpoint_folder, known_variants=recipe.cache.known_variants))
     plan, eval_draws = plan_data(recipe, args, source, experts)
     model = assemble_experts(
         variant,
@@ -112,6 +110,7 @@ def build_trainer(recipe: Recipe, readers: Mapping[str, CheckpointReader] | None
         lora=applied.lora,
         base=recipe.model.checkpoint,
         eval_draws=eval_draws,
+        live=open_live(recipe, variant, source, device),
     )
     add_sampling(trainer, recipe)
     return trainer
@@ -154,7 +153,7 @@ def techniques(recipe: Recipe, seed: int) -> Techniques:
 
 
 def plan_data(
-    recipe: Recipe, args: WanTrainingArguments, source: LatentsDataset, experts: Sequence[Expert]
+    recipe: Recipe, args: WanTrainingArguments, source: LatentsDataset | MixedLatents, experts: Sequence[Expert]
 ) -> tuple[StepPlan, list[SampleDraw]]:
     """The step plan over the training rows, and fixed draws over the validation rows.
 
@@ -162,7 +161,8 @@ def plan_data(
     but not generalisation; the log says so.
     """
     train_rows, eval_rows = split_groups(source.group_ids, fraction=recipe.data.eval.fraction, seed=args.seed)
-    plan = default_plan(source, args, get_variant(recipe.variant), experts, train_rows)
+    mixture = source.mixture(train_rows, seed=args.seed) if isinstance(source, MixedLatents) else None
+    plan = default_plan(source, args, get_variant(recipe.variant), experts, train_rows, mixture)
     if not recipe.validation.every_steps:
         return plan, []
     if not eval_rows:

@@ -17,7 +17,7 @@ Trainer methods that are overridden, checked against transformers 5.17 to 5.23 (
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +50,7 @@ from wan_accel.parallel.engine import detect_engine
 from wan_accel.parallel.fsdp import assert_sharded, fully_shard_denoiser
 from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.parallel.zero import JointOptimizer, backward_zero, prepare_engine
-from wan_accel.step_plan import SampleDraw, StepPlan, TokenBudget
+from wan_accel.step_plan import EpochItems, SampleDraw, StepPlan, TokenBudget
 from wan_accel.validation import as_metrics, fixed_losses
 
 
@@ -82,6 +82,8 @@ class WanTrainer(Trainer):
         lora: the LoRA's settings, None for full training.
         base: name or path of the base checkpoint, recorded in checkpoints.
         eval_draws: fixed draws for validation; empty for none.
+        live: the source of training samples whose conditions are encoded anew, and what encodes them; validation
+            uses the cached ones.
         callbacks: further callbacks.
 
     Raises:
@@ -102,6 +104,7 @@ class WanTrainer(Trainer):
         lora: LoraSettings | None = None,
         base: str = "",
         eval_draws: Sequence[SampleDraw] = (),
+        live: tuple[SampleSource, Callable[[MicroBatch], MicroBatch]] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         plan = plan or default_plan(train_dataset, args, variant, variant.trained_experts(expert))
@@ -124,6 +127,7 @@ class WanTrainer(Trainer):
         self.lora = lora
         self.base = base
         self.eval_draws = list(eval_draws)
+        self.live = live
         self.engine = detect_engine(self.accelerator)
         self.dims = ParallelDims(
             world_size=args.world_size, ulysses=args.ulysses, dp_replicate=_dp_replicate(self.accelerator)
@@ -159,7 +163,7 @@ class WanTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """One item an optimizer step; it is not given to accelerate, which would shard it again."""
         dataset = StepDataset(
-            self.source,
+            self.source if self.live is None else self.live[0],
             self.plan,
             data_rank=self.dims.data_rank(self.args.process_index),
             num_data_ranks=self.dims.num_data_ranks,
@@ -289,6 +293,7 @@ class WanTrainer(Trainer):
         """Predicted and true velocity (B, C, F, h, w) fp32 of a micro-batch, and where the loss looks."""
         device = self.accelerator.device
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        batch = batch if self.live is None else self.live[1](batch)
         noisy = noise_batch(batch, self.variant)
         predicted = self.lanes[expert](noisy.hidden_states, noisy.timestep, **noisy.conditions)
         return predicted, noisy.target, noisy.loss_mask
@@ -544,8 +549,9 @@ def default_plan(
     variant: Variant,
     experts: Sequence[Expert],
     rows: Sequence[int] | None = None,
+    mixture: EpochItems | None = None,
 ) -> StepPlan:
-    """The step plan that the arguments describe, over `rows` or all of them."""
+    """The step plan that the arguments describe, over `rows` or all of them, as often as a mixture has them."""
 
     def budget(tokens: int | None, multiple_of: int = 1) -> TokenBudget | None:
         if tokens is None:
@@ -569,6 +575,7 @@ def default_plan(
         face_dropout=args.face_dropout,
         image_dropout=args.image_dropout,
         rows=rows,
+        mixture=mixture,
     )
 
 

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from wan_accel.step_plan import DatasetIndex, MicroStep, SampleDraw, StepPlan
 
 MicroBatch = dict[str, Tensor]
+_PADDED = {"text", "live_caption"}  # of different lengths within a bucket
 
 
 class SampleSource(Protocol):
@@ -63,9 +64,11 @@ def collate(source: SampleSource, draws: Sequence[SampleDraw]) -> MicroBatch:
         ValueError: samples of one bucket differ in a shape; the message names both rows.
     """
     samples = [source.sample(draw.index, draw) for draw in draws]
-    longest = max(sample["text"].shape[0] for sample in samples)
-    for sample in samples:
-        sample["text"] = F.pad(sample["text"], (0, 0, 0, longest - sample["text"].shape[0]))
+    for name in _PADDED & samples[0].keys():
+        longest = max(sample[name].shape[0] for sample in samples)
+        for sample in samples:
+            value = sample[name]
+            sample[name] = F.pad(value, (0, 0) * (value.ndim - 1) + (0, longest - value.shape[0]))
     batch = {name: _stack(name, samples, draws) for name in samples[0]}
     batch["sigma"] = torch.tensor([draw.sigma for draw in draws], dtype=torch.float32)
     batch["weight"] = torch.tensor([draw.weight for draw in draws], dtype=torch.float32)

@@ -1,13 +1,13 @@
 """Several latents folders as one dataset, each with a share of every epoch."""
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 import numpy as np
 from torch import Tensor
 
-from wan_accel.data.latents import LatentsDataset, LatentsError
+from wan_accel.data.latents import ClipInfo, LatentsDataset, LatentsError
 from wan_accel.step_plan import DatasetIndex, SampleDraw, shuffled
 
 
@@ -124,6 +124,15 @@ class MixedLatents:
         """See `LatentsDataset.sample`; rows are counted over all folders."""
         number = bisect.bisect_right(self._starts, index) - 1
         return self.datasets[number].sample(index - self._starts[number], draw)
+
+    def clip_info(self, index: int) -> ClipInfo:
+        """See `LatentsDataset.clip_info`."""
+        number = bisect.bisect_right(self._starts, index) - 1
+        return self.datasets[number].clip_info(index - self._starts[number])
+
+    def unconditional(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `LatentsDataset.unconditional`; the nulls of all folders are the same, as their keys are."""
+        return self.datasets[0].unconditional(inputs)
 
     def mixture(self, rows: Sequence[int], *, seed: int) -> Mixture:
         """What epochs over `rows` are made of."""

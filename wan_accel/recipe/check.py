@@ -10,6 +10,7 @@ from wan_accel.models.hub import is_hub_id
 from wan_accel.models.variants import Variant, get_variant
 from wan_accel.optimizers import optimizer_problem
 from wan_accel.parallel.degrees import usable_degrees
+from wan_accel.recipe.check_data import check_data
 from wan_accel.recipe.schema import Objective, Recipe
 from wan_accel.sample_schedule import drawn_sigmas
 
@@ -32,6 +33,7 @@ def check(
     problems = _check_variant(recipe, variant)
     problems += _check_objective(recipe.objective)
     problems += _check_batches(recipe)
+    problems += check_data(recipe, variant)
     problems += _check_parallel(recipe, world_size, num_heads)
     if recipe.model.revision is not None and not is_hub_id(recipe.model.checkpoint):
         problems.append(
@@ -40,7 +42,9 @@ def check(
         )
     problems += _check_method(recipe, engine)
     problems += _check_sample(recipe, variant)
-    for key, path in (("data.latents", recipe.data.latents), ("data.clips", recipe.data.clips)):
+    folders = [("data.latents", recipe.data.latents), ("data.clips", recipe.data.clips)]
+    folders += [(f"data.datasets[{number}].path", part.path) for number, part in enumerate(recipe.data.datasets)]
+    for key, path in folders:
         if path is not None and "://" in path:
             problems.append(
                 f"{key}={path} is remote: every process would copy all of it. Stage it first, e.g. "

@@ -1,0 +1,49 @@
+"""Captions from a file of any format, and files that cannot be used."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from wan_accel.data.captions import check_clip_ids, read_captions
+
+EXPECTED = {"a-1": "a man, walking", "b-2": "视频\nof two lines", "c-3": ""}
+ROWS = [{"clip_id": name, "caption": caption} for name, caption in EXPECTED.items()]
+
+
+def test_every_format_reads_the_same(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS) + "\n")
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    (tmp_path / "map.json").write_text(json.dumps(EXPECTED))
+    (tmp_path / "a.csv").write_text('clip_id,caption\na-1,"a man, walking"\nb-2,"视频\nof two lines"\nc-3,\n')
+    pq.write_table(pa.Table.from_pylist([row | {"more": 1} for row in ROWS]), tmp_path / "a.parquet")
+    for path in sorted(tmp_path.iterdir()):
+        assert read_captions(path) == EXPECTED, path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "x", r"is not a file of captions: give one of \.jsonl, \.json, \.csv, \.parquet"),
+        ("none.jsonl", None, "does not exist: give a file with clip_id and caption"),
+        ("a.jsonl", "{", "cannot be read"),
+        ("a.parquet", "x", "cannot be read"),
+        ("a.json", "3", "holds neither a list of rows nor a map"),
+        ("a.jsonl", '{"clip_id": "a", "text": "b"}', "row 1 has no text clip_id and caption, it is {'clip_id': 'a'"),
+        ("a.csv", "id,caption\n1,x\n", "row 1 has no text clip_id and caption"),
+        ("a.jsonl", '{"clip_id": "a", "caption": "b"}\n{"clip_id": "a", "caption": "c"}', r"a has two .* \(row 2\)"),
+    ],
+)
+def test_file_that_cannot_be_used(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_captions(tmp_path / name)
+
+
+def test_captions_of_unknown_clips() -> None:
+    check_clip_ids(EXPECTED, [*EXPECTED, "d-4"], "file")
+    with pytest.raises(ValueError, match=r"data\.captions=file has captions of 2 clips .* \(b-2, c-3\): remove them"):
+        check_clip_ids(EXPECTED, ["a-1"], "file")

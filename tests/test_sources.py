@@ -1,0 +1,216 @@
+"""What training draws from, out of a recipe: captions laid over, filters, mixtures, and what is refused at once."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_clips import clip_row, write_clips
+
+from wan_accel import cache, train
+from wan_accel.data import store
+from wan_accel.data.latents import LatentsDataset, LatentsError, cell_to_tensor
+from wan_accel.data.mixture import MixedLatents
+from wan_accel.data.schema import LATENTS_SCHEMA, latents_features, null_features
+from wan_accel.models.variants import get_variant
+from wan_accel.sources import open_source
+from wan_accel.step_plan import SampleDraw
+from wan_accel.tiny import init_tiny
+
+VARIANT = get_variant("t2v-1.3b")
+QUALITY = [{"motion": 0.1}, {"motion": 0.5}, {}]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint and two latents folders: of three clips with quality figures, and of two others."""
+    folder = tmp_path_factory.mktemp("sources")
+    init_tiny("t2v-1.3b", folder / "model")
+    rows = [clip_row(n, caption=f"clip {n}", quality=quality) for n, quality in enumerate(QUALITY)]
+    write_clips(folder / "clips", rows)
+    write_clips(folder / "others", [clip_row(n, num_frames=9) for n in (7, 8)])
+    (folder / "recipe.yaml").write_text(
+        f"variant: t2v-1.3b\nmodel: {{checkpoint: {folder}/model}}\nmethod: {{kind: lora, r: 4}}\n"
+        f"training: {{output_dir: {folder}/run, max_steps: 3, dataloader_num_workers: 0, logging_steps: 1}}\n"
+    )
+    assert cache.main(arguments(folder)) == 0
+    assert cache.main(arguments(folder, f"data.clips={folder}/others", f"data.latents={folder}/latents2")) == 0
+    return folder
+
+
+def arguments(root: Path, *overrides: str) -> list[str]:
+    data = [f"data.clips={root}/clips", f"data.latents={root}/latents"]
+    return [str(root / "recipe.yaml"), *data, *overrides]
+
+
+def opened(root: Path, *overrides: str) -> LatentsDataset | MixedLatents:
+    recipe, *rest = arguments(root, *overrides)
+    return open_source(cache.load_recipe(recipe, rest), VARIANT)
+
+
+def mixed(root: Path, weights: tuple[str, str] = ("1", "1")) -> list[str]:
+    parts = ", ".join(f"{{path: {root}/{name}, weight: {w}}}" for name, w in zip(("latents", "latents2"), weights))
+    return ["data.latents=null", f"data.datasets=[{parts}]"]
+
+
+def draw(index: int) -> SampleDraw:
+    return SampleDraw(index=index, epoch=0, sigma=0.5, noise_seed=1)
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("quality.motion > 0.3", ["square1"]),
+        ("quality.motion is missing", ["square2"]),
+        ("caption = 'clip 0' or clip_id contains 2", ["square0", "square2"]),
+        ("num_frames = 5 and height = 48 and fps > 15 and modes contains placement", [f"square{n}" for n in range(3)]),
+    ],
+)  # fmt: skip
+def test_rows_are_chosen_in_training_and_caching(root: Path, tmp_path: Path, where: str, expected: list[str]) -> None:
+    assert opened(root, f"data.where={where}").clip_ids == expected
+    overrides = f"data.where={where}", f"data.latents={tmp_path / 'some'}"
+    assert cache.main(arguments(root, *overrides)) == 0
+    assert sorted(LatentsDataset(tmp_path / "some").clip_ids) == expected
+
+
+def test_sample_of_a_chosen_row_is_its_own(root: Path) -> None:
+    whole, chosen = opened(root), opened(root, "data.where=quality.motion > 0.3")
+    assert isinstance(whole, LatentsDataset)
+    row = whole.clip_ids.index("square1")
+    for name, tensor in whole.sample(row, draw(row)).items():
+        assert torch.equal(tensor, chosen.sample(0, draw(0))[name])
+    assert chosen.index().buckets == (whole.index().buckets[row],) and len(chosen.group_ids) == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("quality.motoin > 1", r"data\.where: a clip has no quality\.motoin: did you mean quality\.motion\?"),
+        ("num_frames > 5", "data.where='num_frames > 5' holds for no (row|clip) of"),
+        ("num_frames >", "data.where 'num_frames >' ends too early"),
+    ],
+)
+def test_filter_that_makes_no_sense(
+    root: Path, where: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        opened(root, f"data.where={where}")
+    assert cache.main(arguments(root, f"data.where={where}")) == 2
+    error = capsys.readouterr().err
+    assert "data.where" in error and len(error.splitlines()) == 1
+
+
+def test_captions_are_laid_over_without_rewriting(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "latents", tmp_path / "latents")
+    file = tmp_path / "captions.jsonl"
+    file.write_text(json.dumps({"clip_id": "square1", "caption": "another one"}) + "\n")
+    laid = f"data.captions={file}", f"data.latents={tmp_path / 'latents'}"
+    with pytest.raises(LatentsError, match=r"has no text for 1 clips: .* again, with the same data\.captions"):
+        opened(root, *laid)
+    clips = store.parts(tmp_path / "latents" / "clips")
+    before = opened(root, laid[1])
+    # A caption overlay is no change of the clips: only the new text is encoded.
+    assert cache.main(arguments(root, *laid)) == 0
+    texts = {row["caption"]: cell_to_tensor(row["embeddings"]) for row in
+             store.load(tmp_path / "latents" / "text", LATENTS_SCHEMA)}  # fmt: skip
+    source = opened(root, *laid)
+    assert isinstance(source, LatentsDataset) and isinstance(before, LatentsDataset)
+    for row, name in enumerate(source.clip_ids):
+        caption = "another one" if name == "square1" else f"clip {name[-1]}"
+        assert torch.equal(source.sample(row, draw(row))["text"], texts[caption])
+    assert store.parts(tmp_path / "latents" / "clips") == clips
+    assert opened(root, *laid, "data.where=caption contains another").clip_ids == ["square1"]
+    assert source.clip_info(source.clip_ids.index("square1")).caption == "another one"
+    assert torch.equal(opened(root, laid[1]).sample(1, draw(1))["text"], before.sample(1, draw(1))["text"])
+
+
+def test_captions_of_unknown_clips_are_refused(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "captions.json"
+    file.write_text(json.dumps({"square1": "x", "sqare2": "y"}))
+    with pytest.raises(ValueError, match=r"has captions of 1 clips that the dataset does not have \(sqare2\)"):
+        opened(root, f"data.captions={file}")
+    assert cache.main(arguments(root, f"data.captions={file}")) == 2
+    assert "(sqare2)" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"none\.csv does not exist"):
+        opened(root, "data.captions=none.csv")
+
+
+def test_mixture_draws_from_both_folders(root: Path) -> None:
+    source = opened(root, *mixed(root))
+    one, two = opened(root), opened(root, f"data.latents={root}/latents2")
+    assert isinstance(source, MixedLatents) and len(source) == 5
+    assert source.clip_ids == [*one.clip_ids, *two.clip_ids] and source.keys == one.keys
+    assert source.index().buckets == (*one.index().buckets, *two.index().buckets)
+    for row, (part, own) in enumerate([(one, 0), (one, 1), (one, 2), (two, 0), (two, 1)]):
+        for name, tensor in source.sample(row, draw(row)).items():
+            assert torch.equal(tensor, part.sample(own, draw(own))[name])
+    assert [source.clip_info(row).clip_id for row in range(5)] == source.clip_ids
+    assert torch.equal(*(one.unconditional({"text": torch.zeros(2, 1, 1)})["text"] for one in (source, two)))
+    assert source.mixture(range(5), seed=0).counts == [3, 2]  # 2.5 each
+    assert opened(root, *mixed(root, ("3", "1"))).mixture(range(5), seed=0).counts == [4, 1]
+
+
+def test_mixture_trains(root: Path) -> None:
+    recipe, *rest = arguments(root, *mixed(root, ("1", "4")), f"training.output_dir={root}/mixed")
+    trainer = train.build_trainer(train.load_recipe(recipe, rest))
+    draws = [d for step in range(10) for m in trainer.plan.step(step, 1).micro_steps for d in m.samples[0]]
+    assert sum(d.index >= 3 for d in draws) == 8
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_folders_that_do_not_fit_are_named(root: Path, tmp_path: Path) -> None:
+    state = torch.load(root / "model" / VARIANT.vae.file, weights_only=True)
+    shutil.copytree(root / "model", tmp_path / "model")
+    torch.save({name: tensor * 1.25 for name, tensor in state.items()}, tmp_path / "model" / VARIANT.vae.file)
+    shutil.copytree(root / "latents2", tmp_path / "latents2")
+    other = [f"data.clips={root}/others", f"data.latents={tmp_path}/latents2", f"model.checkpoint={tmp_path}/model"]
+    assert cache.main(arguments(root, *other)) == 0
+    folders = [f"data.datasets=[{{path: {root}/latents}}, {{path: {tmp_path}/latents2}}]", "data.latents=null"]
+    with pytest.raises(LatentsError, match=f"{tmp_path}/latents2: video was encoded with other weights"):
+        opened(root, *folders)
+    one, two = LatentsDataset(root / "latents"), LatentsDataset(tmp_path / "latents2")
+    with pytest.raises(LatentsError, match=r"latents2 and .*latents differ in video: run wan_accel.cache on both"):
+        MixedLatents([one, two]).check_same_keys()
+
+
+def without_nulls(root: Path, tmp_path: Path, kept: str) -> Path:
+    for part in ("clips", "text"):
+        (tmp_path / "latents" / part).parent.mkdir(exist_ok=True)
+        (tmp_path / "latents" / part).symlink_to(root / "latents" / part)
+    with store.PartWriter(tmp_path / "latents" / "null", writer="rank0", features=null_features()) as writer:
+        for row in store.load(root / "latents" / "null", LATENTS_SCHEMA):
+            if row["kind"] == kept:
+                writer.write(row)
+    return tmp_path / "latents"
+
+
+def test_dropout_without_its_null_row_is_refused_at_the_start(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = without_nulls(root, tmp_path, "negative_prompt")
+    run = [f"data.latents={folder}", f"training.output_dir={tmp_path / 'run'}"]
+    assert train.main(arguments(root, *run, "data.caption_dropout=0.1")) == 2
+    error = capsys.readouterr().err.strip()
+    assert "null has no empty_prompt (data.caption_dropout=0.1): run wan_accel.cache on it again, or set" in error
+    assert len(error.splitlines()) == 1 and not (tmp_path / "run").exists()
+    LatentsDataset(folder).check_nulls(caption_dropout=0, face_dropout=0)
+    with pytest.raises(LatentsError, match=r"no face \(data\.face_dropout=0\.2\)"):
+        LatentsDataset(folder).check_nulls(caption_dropout=0, face_dropout=0.2)
+
+
+def test_latents_that_contradict_their_bucket(root: Path, tmp_path: Path) -> None:
+    for part in ("text", "null"):
+        (tmp_path / part).symlink_to(root / "latents" / part)
+    with store.PartWriter(tmp_path / "clips", writer="rank0", features=latents_features()) as writer:
+        for row in store.load(root / "latents" / "clips", LATENTS_SCHEMA):
+            writer.write(row | {"num_frames": 9})
+    source = LatentsDataset(tmp_path, variant=VARIANT)
+    with pytest.raises(
+        LatentsError,
+        match=r"clip square1 \(row 1\) has latents \(16, 2, 6, 4\), but its bucket of 9 frames of 48x32 needs \(16, 3,",
+    ):
+        source.sample(source.clip_ids.index("square1"), draw(1))
