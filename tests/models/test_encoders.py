@@ -9,7 +9,7 @@ import torch
 from diffsynth.models.wan_video_image_encoder import WanImageEncoder, clip_xlm_roberta_vit_h_14
 from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer, WanTextEncoder
 from diffsynth.models.wan_video_vae import VideoVAE38_, VideoVAE_, WanVideoVAE, WanVideoVAE38
-from diffsynth.pipelines.wan_video import WanVideoUnit_PromptEmbedder
+from diffsynth.pipelines.wan_video import WanVideoUnit_InputVideoEmbedder, WanVideoUnit_PromptEmbedder
 
 from wan_accel.models.checkpoint_files import file_identity
 from wan_accel.models.conditioning.text import NULL_PROMPTS, caption_id, encode_captions
@@ -135,6 +135,29 @@ def test_vae_decodes_as_diffsynth(name: str, module: type, checkpoint: Path, tmp
     # diffsynth runs one video at a time: convolutions of another batch size round differently.
     torch.testing.assert_close(ours, theirs.decode(list(latents), device="cpu"), rtol=1e-5, atol=1e-5)
     assert torch.equal(ours, vae.decode(latents))
+
+
+def test_vae22_equals_diffsynth(tmp_path: Path) -> None:
+    ti2v = get_variant("ti2v-5b")
+    init_tiny("ti2v-5b", tmp_path / "ti2v")
+    vae = load_vae(tmp_path / "ti2v", ti2v)
+    theirs = WanVideoVAE38.__new__(WanVideoVAE38)
+    torch.nn.Module.__init__(theirs)
+    mean, std = (torch.tensor(values) for values in LATENT_STATISTICS["wan2.2"])
+    theirs.model, theirs.scale, theirs.z_dim, theirs.upsampling_factor = vae.model, [mean, 1.0 / std], 48, 16
+    video = pictures(2, 3, 9, 64, 96)
+    pipe = SimpleNamespace(
+        load_models_to_device=lambda names: None, preprocess_video=lambda frames: frames, vae=theirs, device="cpu",
+        torch_dtype=torch.float32, scheduler=SimpleNamespace(training=True),
+    )  # fmt: skip
+    with torch.no_grad():
+        expected = WanVideoUnit_InputVideoEmbedder().process(
+            pipe, video, noise=None, tiled=False, tile_size=None, tile_stride=None, vace_reference_image=None,
+            framewise_decoding=False, animate2_reference_image=None, animate2_reference_video=None,
+        )["input_latents"]  # fmt: skip
+    ours = vae.encode(video)
+    assert ours.shape == (2, 48, 3, 4, 6) and vae.stride == (4, 16, 16)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "module"), [("wan2.1", WanVideoVAE), ("wan2.2", WanVideoVAE38)])
