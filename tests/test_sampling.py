@@ -1,6 +1,8 @@
 """The Euler sampler against diffsynth's scheduler and forward, and against a field that can be integrated by hand."""
 
 import copy
+import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from diffsynth.pipelines.wan_video import model_fn_wan_video
 from wan_accel.models.denoiser import WanDenoiser
 from wan_accel.models.dit import build_dit
 from wan_accel.models.variants import VARIANTS, DitSize
+from wan_accel.noising import conditions_of, impose_known
 from wan_accel.sample_schedule import choose_rows, drawn_sigmas, euler_sigmas
 from wan_accel.sampling import Velocity, sample_latents
 
@@ -24,8 +27,8 @@ def rand(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def random_dit(seed: int) -> torch.nn.Module:
-    dit = build_dit(SIZE)
+def random_dit(seed: int, size: DitSize = SIZE) -> torch.nn.Module:
+    dit = build_dit(size)
     generator = torch.Generator().manual_seed(seed)
     for parameter in dit.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1 + (parameter.ndim == 1)
@@ -43,19 +46,22 @@ def velocity_of(models: dict[str, WanDenoiser]) -> Velocity:
 @torch.no_grad()
 def diffsynth_latents(
     dits: list[torch.nn.Module], noise: torch.Tensor, texts: list[torch.Tensor], *, num_steps: int, shift: float,
-    guidance: float,
+    guidance: float, first: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The loop of diffsynth's `WanVideoPipeline.__call__`, with its switch of experts at 0.875."""
     scheduler = FlowMatchScheduler("Wan")
     scheduler.set_timesteps(num_steps, shift=shift)
-    latents = noise
+    latents = noise if first is None else torch.cat([first, noise[:, :, 1:]], dim=2)
+    fused = {"fuse_vae_embedding_in_latents": first is not None}
     for timestep in scheduler.timesteps:
         dit = dits[-1] if timestep.item() < 875 else dits[0]
         positive, negative = (
-            model_fn_wan_video(dit, latents=latents, timestep=timestep[None], context=text) for text in texts
+            model_fn_wan_video(dit, latents=latents, timestep=timestep[None], context=text, **fused) for text in texts
         )
         direction = negative + guidance * (positive - negative) if guidance != 1.0 else positive
         latents = scheduler.step(direction, timestep, latents)
+        if first is not None:
+            latents[:, :, 0:1] = first
     return latents
 
 
@@ -77,6 +83,34 @@ def test_sampler_equals_diffsynth(num_experts: int, guidance: float) -> None:
         )
     expected = diffsynth_latents(oracles, noise, texts, num_steps=12, shift=12.0, guidance=guidance)
     assert (expected - noise).abs().max() > 0.3  # the loop moved
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_first_frame_that_is_given_equals_diffsynth() -> None:
+    """ti2v-5b: the clean frame at timestep 0 in every forward, and put back after every step."""
+    variant = VARIANTS["ti2v-5b"]
+    dit = random_dit(0, dataclasses.replace(SIZE, in_dim=48, out_dim=48))
+    oracle, denoiser = copy.deepcopy(dit), WanDenoiser(dit)
+    shape = (1, 48, 3, 4, 6)
+    batch = {
+        "latents": rand(*shape, seed=4), "noise": rand(*shape, seed=1), "text": rand(1, 512, 32, seed=2),
+        "drop_image": torch.tensor([False]),
+    }  # fmt: skip
+    null, first = rand(1, 512, 32, seed=3), batch["latents"][:, :, :1]
+
+    def velocity(noisy: torch.Tensor, sigma: float, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        level = torch.tensor([sigma])
+        return denoiser(noisy, 1000.0 * level, **conditions_of(inputs, level, variant))
+
+    with torch.no_grad():
+        ours = sample_latents(
+            velocity, batch, sigmas=euler_sigmas(6, 5.0), guidance=3.0, unconditional={**batch, "text": null},
+            impose_known=partial(impose_known, batch=batch, variant=variant),
+        )  # fmt: skip
+    expected = diffsynth_latents(
+        [oracle], batch["noise"], [batch["text"], null], num_steps=6, shift=5.0, guidance=3.0, first=first
+    )
+    assert torch.equal(ours[:, :, :1], first)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -17,9 +17,10 @@ METHODS = ("lora", "full")
 # Clips are few and small, and everything runs in this process; the rest is as shipped.
 OVERRIDES = (
     "data.global_batch.samples=2", "data.micro_batch.samples=2", "data.eval.fraction=0", "parallel.ulysses=1",
-    "cache.known_variants=1", "validation.every_steps=0", "training.max_steps=2", "training.logging_steps=1",
+    "cache.known_variants=1", "training.max_steps=2", "training.logging_steps=1",
     "training.warmup_steps=0", "training.save_steps=2", "training.dataloader_num_workers=0",
 )  # fmt: skip
+VIDEOS = "validation={every_steps: 2, sigmas: 1, sample: {num_clips: 1, num_steps: 2, guidance: 2}}"
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +41,10 @@ def test_variant_is_cached_and_trained(variant: str, clips: Path, tmp_path: Path
     assert len(LatentsDataset(tmp_path / "latents")) == 2
     for method in METHODS:
         run = tmp_path / method
-        assert train.main([f"{variant}/{method}", *paths, *OVERRIDES, f"training.output_dir={run}"]) == 0
+        assert train.main([f"{variant}/{method}", *paths, *OVERRIDES, VIDEOS, f"training.output_dir={run}"]) == 0
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         losses = [line["loss"] for line in lines if "loss" in line]
         assert len(losses) == 2 and all(math.isfinite(loss) and loss > 0 for loss in losses)
         saved = checkpoint.read_manifest(checkpoint.last_checkpoint(run))
+        assert {path.name for path in (run / "samples").iterdir()} == {"ground-truth", "step-0", "step-2"}
         assert (saved.step, saved.variant, saved.method) == (2, variant, method)
