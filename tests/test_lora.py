@@ -14,6 +14,7 @@ from wan_accel.data.collate import StepDataset
 from wan_accel.lora import LoraSettings, expand_targets, inject_lora, is_lora
 from wan_accel.models.denoiser import WanDenoiser
 from wan_accel.models.variants import VARIANTS
+from wan_accel.noising import conditions_of
 
 ANIMATE, T2V = VARIANTS["animate-14b"], VARIANTS["t2v-1.3b"]
 FACE = {"linear1_q", "linear1_kv", "linear2"}
@@ -51,10 +52,10 @@ def test_every_adapter_of_every_group_is_trained() -> None:
     model, _ = adapted("animate-14b", "default", "face", "image")
     source = SyntheticSource("animate-14b")
     step = StepDataset(source, plan_for(source), data_rank=0, num_data_ranks=1)[0]
-    batch = dict(step["micro_batches"][0])
-    latents, noise, sigma = batch.pop("latents"), batch.pop("noise"), batch.pop("sigma")
-    batch.pop("weight")
-    (model(noise, 1000 * sigma, **batch) - latents).square().mean().backward()
+    batch = step["micro_batches"][0]
+    conditions = conditions_of(batch, batch["sigma"], ANIMATE)
+    predicted = model(batch["noise"], 1000 * batch["sigma"], **conditions)
+    (predicted - batch["latents"]).square().mean().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == is_lora(name)
         if parameter.grad is not None:
