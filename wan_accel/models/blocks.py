@@ -4,6 +4,7 @@ Each class adopts the children and parameters of the module it is made from, so 
 stay the original Wan names. Shapes: B batch, L tokens (of this rank), S text tokens, C model width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,15 +50,29 @@ class CheckpointedModule(nn.Module):
     """A module whose forward is recomputed in the backward pass when `checkpointing` is set.
 
     The switch sits inside `forward`, so that sharding hooks (around `__call__`) gather the parameters once for
-    recomputation and backward together.
+    recomputation and backward together. The same holds for compiled code, which then contains the recomputation.
+
+    checkpointing: recompute, all of it or what `contexts` (selective checkpointing) say.
+    compiled: `run` compiled, for passes with gradients.
     """
 
     checkpointing = False
+    contexts: Callable[[], tuple[Any, Any]] | None = None
+    compiled: Callable[..., Tensor] | None = None
 
     def forward(self, *args: object) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.compute, *args, use_reentrant=False)
-        return self.compute(*args)
+        if self.compiled is not None and torch.is_grad_enabled():
+            return self.compiled(*args)
+        return self.run(*args)
+
+    def run(self, *args: object) -> Tensor:
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return self.compute(*args)
+        # Blocks draw no random numbers, so there is no state to keep.
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        if self.contexts is not None:
+            options["context_fn"] = self.contexts
+        return checkpoint(self.compute, *args, **options)
 
     def compute(self, *args: object) -> Tensor:
         raise NotImplementedError

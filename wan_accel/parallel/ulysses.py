@@ -4,11 +4,13 @@ Shapes: B batch, L all tokens, l = ceil(L / P) tokens of a rank, P group size, H
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +66,7 @@ class SequenceParallel:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
+        self.group_name: str = group.group_name
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
 
@@ -110,22 +113,31 @@ class _GatherTokens(torch.autograd.Function):
         return out.transpose(0, 1), None
 
 
-class _ExchangeChunks(torch.autograd.Function):
-    """All-to-all of dim 0 (P chunks) over `group`; its backward is the same exchange."""
+@torch.library.custom_op("wan_accel::exchange_chunks", mutates_args=())
+def exchange_chunks(x: Tensor, group_name: str) -> Tensor:
+    """All-to-all of dim 0 (P chunks) of a contiguous x over a group; its backward is the same exchange.
 
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group  # type: ignore[attr-defined]
-        out = torch.empty_like(x)
-        dist.all_to_all_single(out, x, group=group)
-        return out
+    An operator of its own can be compiled into a block, and is known by name to what decides on recomputation.
+    """
+    out = torch.empty_like(x)
+    dist.all_to_all_single(out, x, group=_resolve_process_group(group_name))
+    return out
 
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.contiguous()
-        out = torch.empty_like(grad)
-        dist.all_to_all_single(out, grad, group=ctx.group)  # type: ignore[attr-defined]
-        return out, None
+
+@exchange_chunks.register_fake
+def _(x: Tensor, group_name: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _exchange_setup(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    ctx.group_name = inputs[1]
+
+
+def _exchange_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return exchange_chunks(grad.contiguous(), ctx.group_name), None
+
+
+exchange_chunks.register_autograd(_exchange_backward, setup_context=_exchange_setup)
 
 
 class UlyssesAttention(nn.Module):
@@ -145,12 +157,12 @@ class UlyssesAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (B, l, H*D) -> (B, l, H*D)."""
-        size, group = self.parallel.size, self.parallel.group
+        size, group = self.parallel.size, self.parallel.group_name
         length = q.shape[1]
         qkv = torch.stack((q, k, v)).unflatten(-1, (size, -1))  # (3, B, l, P, H/P*D)
-        qkv = _ExchangeChunks.apply(qkv.movedim(3, 0).contiguous(), group)  # (P: tokens, 3, B, l, H/P*D)
+        qkv = exchange_chunks(qkv.movedim(3, 0).contiguous(), group)  # (P: tokens, 3, B, l, H/P*D)
         qkv = qkv.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : self.num_tokens]  # (3, B, L, H/P*D)
         out = self.inner(*qkv.unbind(0))
         out = F.pad(out, (0, 0, 0, size * length - self.num_tokens)).unflatten(1, (size, length))
-        out = _ExchangeChunks.apply(out.transpose(0, 1).contiguous(), group)  # (P: heads, B, l, H/P*D)
+        out = exchange_chunks(out.transpose(0, 1).contiguous(), group)  # (P: heads, B, l, H/P*D)
         return out.permute(1, 2, 0, 3).flatten(2)
