@@ -11,7 +11,7 @@ Trainer methods that are overridden, checked against transformers 5.17 to 5.23 (
 | _clip_grad_norm, _get_grad_norm | each expert by its own norm over sharded parameters; a norm that is not finite |
 | _save_checkpoint, _load_from_checkpoint | our checkpoints (wan_accel.checkpoint) |
 | evaluate | fixed-noise loss |
-| get_batch_samples, log | data wait, tokens per second, peak memory |
+| get_batch_samples, log | data wait, tokens per second, TFLOP/s, MFU, peak memory |
 """
 
 import math
@@ -51,6 +51,7 @@ from wan_accel.parallel.fsdp import assert_sharded, fully_shard_denoiser
 from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.parallel.zero import JointOptimizer, backward_zero, prepare_engine
 from wan_accel.step_plan import EpochItems, SampleDraw, StepPlan, TokenBudget
+from wan_accel.throughput import Throughput
 from wan_accel.validation import as_metrics, fixed_losses
 
 
@@ -143,7 +144,8 @@ class WanTrainer(Trainer):
         self.ema: Ema | None = None
         self.guard = FiniteGuard(args, plan, train_dataset, self.dims)
         self._step: _StepRecord | None = None
-        self._step_tokens = 0
+        first = next(iter(experts_of(model, expert).values()))
+        self.throughput = Throughput(first, lora, ulysses=args.ulysses, device=self.accelerator.device)
         self._logged = _Interval()
 
     def _apply_parallelism(self, model: WanDenoiser) -> None:
@@ -262,7 +264,7 @@ class WanTrainer(Trainer):
             loss = self._micro_step(expert, batch, inputs["num_samples"], is_last=index == last[expert])
             total += loss
             sums[expert] = sums.get(expert, torch.zeros_like(loss)) + loss * inputs["num_samples"]
-            self._step_tokens += batch["latents"].shape[0] * self._tokens_of(batch)
+            self.throughput.add(batch["latents"].shape)
         self._step = _StepRecord(loss=total, loss_sums=sums, num_samples=inputs["samples_of"])
         return total
 
@@ -282,17 +284,15 @@ class WanTrainer(Trainer):
         return self.guard.logged(loss.detach())
 
     def _micro_loss(self, expert: str, batch: MicroBatch, num_samples: int) -> Tensor:
+        batch = self._on_device(batch)
         predicted, target, mask = self._predict(expert, batch)
         per_sample = per_sample_mse(predicted, target, mask)
-        weight = batch["weight"].to(per_sample.device) * loss_weight(
-            batch["sigma"].to(per_sample.device), self.args.weighting, self.args.shift
-        )
+        weight = batch["weight"] * loss_weight(batch["sigma"], self.args.weighting, self.args.shift)
         return self.guard.watch(per_sample, step_loss(per_sample, weight, num_samples, self.dims.num_data_ranks))
 
     def _predict(self, expert: str, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Predicted and true velocity (B, C, F, h, w) fp32 of a micro-batch, and where the loss looks."""
-        device = self.accelerator.device
-        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        batch = self._on_device(batch)
         batch = batch if self.live is None else self.live[1](batch)
         noisy = noise_batch(batch, self.variant)
         predicted = self.lanes[expert](noisy.hidden_states, noisy.timestep, **noisy.conditions)
@@ -309,10 +309,10 @@ class WanTrainer(Trainer):
         """
         return self.lanes[expert](noisy, 1000.0 * sigma, **conditions_of(batch, sigma, self.variant))
 
-    def _tokens_of(self, batch: MicroBatch) -> int:
-        _, _, frames, height, width = batch["latents"].shape
-        patch_t, patch_h, patch_w = self.variant.dit.patch_size
-        return frames * height * width // (patch_t * patch_h * patch_w)
+    def _on_device(self, batch: MicroBatch) -> MicroBatch:
+        """A micro-batch on the GPU; from pinned memory the host does not wait for it."""
+        device = self.accelerator.device
+        return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
         """Clip each expert that the step used by its own norm; returns the norm over all of them."""
@@ -532,12 +532,11 @@ class WanTrainer(Trainer):
         logs = self.guard.correct(logs)
         if "loss" in logs:
             seconds = time.perf_counter() - self._logged.started
-            per_gpu = self._step_tokens / self.args.ulysses / seconds
             logs |= self._logged.by_expert() if len(self.lanes) > 1 else {}
-            logs["tokens_per_second_per_gpu"] = round(per_gpu, 1)
+            logs |= self.throughput.take(seconds)
             logs["data_wait"] = round(self._logged.data_seconds / seconds, 4)
             logs["peak_gib"] = round(peak_gib(self.accelerator.device), 3)
-            self._step_tokens, self._logged = 0, _Interval()
+            self._logged = _Interval()
         # Trainer sees one endless epoch, as the step sampler has no length.
         self.state.epoch = round(self.plan.epochs_at(self.state.global_step), 4)
         super().log(logs, start_time)
