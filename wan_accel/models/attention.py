@@ -4,10 +4,15 @@ Shapes: B batch, L query tokens, S key tokens, H heads, D head width.
 """
 
 import functools
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 NUM_ROPE_POSITIONS = 1024
 ROPE_THETA = 10000.0
@@ -27,6 +32,87 @@ class SdpaAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, L, D)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class CudnnAttention(SdpaAttention):
+    """torch's cuDNN kernel and no other; an input that it cannot take is torch's error."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return super().forward(q, k, v)
+
+
+class FlashAttention2(nn.Module):
+    """The flash-attn package's kernel; fp16 and bf16 only."""
+
+    module: ClassVar[str] = "flash_attn"
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.function: Any = importlib.import_module(self.module).flash_attn_func
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.dtype not in (torch.float16, torch.bfloat16):
+            raise TypeError(
+                f"model.attention: {self.module} takes bfloat16, not {q.dtype}: set mixed_precision: bf16 in the "
+                "accelerate config, or model.attention: sdpa"
+            )
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))  # (B, L, H, D)
+        out = self.function(q, k, v)
+        # Early releases of version 3 return the softmax's sums beside it.
+        return (out[0] if isinstance(out, tuple) else out).flatten(2)
+
+
+class FlashAttention3(FlashAttention2):
+    """FlashAttention 3 from the `hopper` folder of its repository."""
+
+    module = "flash_attn_interface"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionBackend:
+    """A value of `model.attention`: its processor, and what it needs."""
+
+    processor: type[nn.Module]
+    capabilities: tuple[int, int] = (0, 99)  # lowest and highest major compute capability
+    needs_cuda: bool = True
+    install: str = ""
+
+
+ATTENTION_BACKENDS = {
+    "sdpa": AttentionBackend(processor=SdpaAttention, needs_cuda=False),
+    "cudnn": AttentionBackend(processor=CudnnAttention, capabilities=(8, 99)),
+    "flash_2": AttentionBackend(
+        processor=FlashAttention2, capabilities=(8, 99), install="pip install flash-attn --no-build-isolation"
+    ),
+    "flash_3": AttentionBackend(
+        processor=FlashAttention3,
+        capabilities=(9, 9),
+        install="build github.com/Dao-AILab/flash-attention, folder hopper: python setup.py install",
+    ),
+}
+
+
+def check_attention(name: str, device: torch.device) -> None:
+    """Check that a value of `model.attention` can run on a device.
+
+    Raises:
+        ValueError: another kind of device or GPU, or a package that is not installed; nothing else is used instead.
+    """
+    backend = ATTENTION_BACKENDS[name]
+    if backend.needs_cuda and device.type != "cuda":
+        raise ValueError(f"model.attention={name} needs an NVIDIA GPU, and this run is on {device.type}: use sdpa")
+    lowest, highest = backend.capabilities
+    if backend.needs_cuda and not lowest <= (major := torch.cuda.get_device_capability(device)[0]) <= highest:
+        wanted = f"{lowest}.x" if lowest == highest else f"{lowest}.0 or more"
+        raise ValueError(
+            f"model.attention={name} needs compute capability {wanted}, and {torch.cuda.get_device_name(device)} has "
+            f"{major}.x: use sdpa"
+        )
+    module = getattr(backend.processor, "module", None)
+    if module is not None and importlib.util.find_spec(module) is None:
+        raise ValueError(f"model.attention={name} needs the module {module}: {backend.install}; or use sdpa")
 
 
 def upcast(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from diffsynth.models.wan_video_dit import WanModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wan_accel.models.attention import SdpaAttention, rope_table, upcast
+from wan_accel.models.attention import ATTENTION_BACKENDS, rope_table, upcast
 from wan_accel.models.blocks import Fp32Linear, WanBlock, WanFaceBlock, WanHead, adopt
 from wan_accel.models.dit import FACE_BLOCK_EVERY
 from wan_accel.models.variants import TEXT_LENGTH
@@ -264,6 +264,17 @@ def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1).to(timestep.dtype)
 
 
+def set_attention(model: WanDenoiser, name: str) -> None:
+    """Put a row of `ATTENTION_BACKENDS` into every block; Animate's face blocks keep torch's own choice.
+
+    Call it before `inject_ulysses`, which wraps what it finds.
+    """
+    processor = ATTENTION_BACKENDS[name].processor
+    for block in model.transformer_blocks:
+        for attention in (block.self_attn, block.cross_attn):
+            attention.attn = processor(model.num_heads)
+
+
 def inject_ulysses(model: WanDenoiser, group: torch.distributed.ProcessGroup) -> WanDenoiser:
     """Split the model's tokens over `group` and put Ulysses attention into every block.
 
@@ -278,6 +289,6 @@ def inject_ulysses(model: WanDenoiser, group: torch.distributed.ProcessGroup) ->
         raise ValueError(f"parallel.ulysses={parallel.size} does not divide num_heads={model.num_heads}: use {degrees}")
     model.sequence_parallel = parallel
     for block in model.transformer_blocks:
-        inner = SdpaAttention(model.num_heads // parallel.size)
+        inner = type(block.self_attn.attn)(model.num_heads // parallel.size)
         block.self_attn.attn = UlyssesAttention(inner, parallel, model.num_heads)
     return model
