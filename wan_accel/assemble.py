@@ -10,10 +10,14 @@ import torch.distributed as dist
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 from wan_accel.lora import LoraSettings, inject_lora
+from wan_accel.models.attention import check_attention
 from wan_accel.models.blocks import CheckpointedModule
-from wan_accel.models.denoiser import WanDenoiser, inject_ulysses
+from wan_accel.models.compilation import compile_blocks
+from wan_accel.models.denoiser import WanDenoiser, inject_ulysses, set_attention
+from wan_accel.models.fp8 import check_fp8, convert_to_fp8
 from wan_accel.models.loading import CheckpointReader, build_denoiser, fill_parameters
 from wan_accel.models.pair import ExpertPair
+from wan_accel.models.recompute import Policy, recompute_of
 from wan_accel.models.variants import Variant
 from wan_accel.parallel.engine import Engine
 from wan_accel.parallel.fsdp import fully_shard_denoiser
@@ -25,12 +29,19 @@ class Techniques:
     """What is done to the model before training.
 
     torch_dtype: of the parameters that are read from the checkpoint. Trained ones stay fp32.
-    checkpointing: recompute every block in the backward pass.
+    attention: a row of `ATTENTION_BACKENDS`.
+    fp8: matrix products of the blocks' base linears in 8 bits.
+    activation_checkpointing: a policy of `wan_accel.models.recompute`, or a budget in (0, 1).
+    compile: compile the blocks, for up to `num_shapes` shapes of micro-batches.
     """
 
     lora: LoraSettings | None = None
     torch_dtype: torch.dtype = torch.float32
-    checkpointing: bool = False
+    attention: str = "sdpa"
+    fp8: bool = False
+    activation_checkpointing: Policy | float = "none"
+    compile: bool = False
+    num_shapes: int = 1
     seed: int = 0
 
 
@@ -102,16 +113,24 @@ def assemble_experts(
 def _apply(
     model: WanDenoiser, variant: Variant, techniques: Techniques, dims: ParallelDims, device: torch.device
 ) -> None:
-    """LoRA, then activation checkpointing, then sequence parallelism."""
+    """LoRA, fp8, activation checkpointing, sequence parallelism, compilation. Whoever calls this shards afterwards."""
     dims.validate(model.num_heads)
+    check_attention(techniques.attention, device)
+    set_attention(model, techniques.attention)
     if techniques.lora is not None:
         inject_lora(model, techniques.lora, variant)
+    if techniques.fp8:
+        check_fp8(device)
+        convert_to_fp8(model)
+    recompute = recompute_of(techniques.activation_checkpointing)
     for module in model.modules():
         if isinstance(module, CheckpointedModule):
-            module.checkpointing = techniques.checkpointing
+            module.checkpointing, module.contexts = recompute.checkpointing, recompute.contexts
     group = dims.ulysses_group(device.type)
     if group is not None:
         inject_ulysses(model, group)
+    if techniques.compile:
+        compile_blocks(model, num_shapes=techniques.num_shapes, budget=recompute.budget)
 
 
 def fsdp_plugin() -> FullyShardedDataParallelPlugin:

@@ -226,6 +226,11 @@ class StepPlan:
         """Optimizer steps of the first epoch. Later ones have as many, but for a pair under a token budget."""
         return self.start_of(1)
 
+    @property
+    def num_shapes(self) -> int:
+        """Shapes that a micro-batch can have: every bucket, in every number of samples up to its micro-batch."""
+        return sum(num_samples(self.micro_batch, bucket) for bucket in self._kinds)
+
     def start_of(self, epoch: int) -> int:
         """The first optimizer step of an epoch."""
         if isinstance(self.global_batch, int):

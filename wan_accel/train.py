@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def build_trainer(recipe: Recipe, readers: Mapping[str, CheckpointReader] | None
     model = assemble_experts(
         variant,
         readers,
-        applied,
+        replace(applied, num_shapes=plan.num_shapes),
         engine=launched_engine(),
         dims=ParallelDims(
             world_size=args.world_size, ulysses=args.ulysses, dp_replicate=launched_replicas()
@@ -147,7 +148,10 @@ def techniques(recipe: Recipe, seed: int) -> Techniques:
     return Techniques(
         lora=lora,
         torch_dtype=getattr(torch, recipe.model.torch_dtype),
-        checkpointing=recipe.memory.activation_checkpointing == "full",
+        attention=recipe.model.attention,
+        fp8=recipe.memory.fp8,
+        activation_checkpointing=recipe.memory.activation_checkpointing,
+        compile=recipe.memory.compile,
         seed=seed,
     )
 

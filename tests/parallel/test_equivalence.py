@@ -52,8 +52,7 @@ def train(
         variant=row,
         lora=lora,
     )
-    for block in model.blocks:
-        block.checkpointing = options.get("checkpointing", False)
+    run_blocks(trainer, options)
     gradients: dict[str, torch.Tensor] = {}
     record_gradients(trainer, gradients)
     trainer.train(resume_from_checkpoint=options.get("resume"))
@@ -64,6 +63,21 @@ def train(
         "weights": full_weights(trainer),
         "local_elements": num_local_elements(trainer.model),
     }
+
+
+def run_blocks(trainer: Any, options: dict[str, Any]) -> None:
+    """Apply `policy` (of recomputation) and `backend` (of compilation) to the blocks."""
+    from wan_accel.models.blocks import CheckpointedModule
+    from wan_accel.models.compilation import compile_blocks
+    from wan_accel.models.recompute import recompute_of
+
+    recompute = recompute_of(options.get("policy", "none"))
+    for module in trainer.model.modules():
+        if isinstance(module, CheckpointedModule):
+            module.checkpointing, module.contexts = recompute.checkpointing, recompute.contexts
+    if "backend" in options:
+        shapes, backend = trainer.plan.num_shapes, options["backend"]
+        compile_blocks(trainer.model, num_shapes=shapes, budget=recompute.budget, backend=backend)
 
 
 def record_gradients(trainer: Any, gradients: dict[str, torch.Tensor]) -> None:
@@ -122,6 +136,7 @@ LAYOUTS = {
     "fsdp2-4-ulysses-2": ("fsdp2", 4, 2),
     "hsdp-2x2-ulysses-2": ("hsdp", 4, 2),
 }
+POLICIES = {"fsdp2-4-ulysses-2": "full", "zero3-2-ulysses-2": "attention", "hsdp-2x2-ulysses-2": "attention"}
 _SINGLE: dict[tuple[str, str], dict[str, Any]] = {}
 
 
@@ -142,7 +157,7 @@ def single(variant: str, method: str, folder: Path) -> dict[str, Any]:
 def test_layouts_are_one_run(variant: str, method: str, layout: str, tmp_path: Path) -> None:
     engine, world_size, ulysses = LAYOUTS[layout]
     expected = single(variant, method, tmp_path / "single")
-    options = {"world_size": world_size, "engine": engine, "checkpointing": layout == "fsdp2-4-ulysses-2"}
+    options = {"world_size": world_size, "engine": engine, "policy": POLICIES.get(layout, "none")}
     results = run_ranks(
         train, world_size, variant, method, ulysses, str(tmp_path / "run"), options, engine=engine
     )
@@ -169,7 +184,7 @@ def assert_close_by_norm(
 
 
 def test_micro_batch_does_not_change_the_run(tmp_path: Path) -> None:
-    options = {"world_size": 1, "engine": "single", "micro_batch": 4, "checkpointing": True}
+    options = {"world_size": 1, "engine": "single", "micro_batch": 4, "policy": "full"}
     result = run_ranks(train, 1, "t2v-1.3b", "full", 1, str(tmp_path), options, engine="single")[0]
     expected = single("t2v-1.3b", "full", tmp_path / "single")
     torch.testing.assert_close(result["losses"], expected["losses"], rtol=1e-5, atol=1e-6)

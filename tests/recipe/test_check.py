@@ -103,3 +103,23 @@ def test_engines_that_are_not_supported(tmp_path: Path) -> None:
         read_engine(path)
     with pytest.raises(ValueError, match="cannot be read"):
         read_engine(tmp_path / "none.yaml")
+
+
+def test_what_needs_compiled_blocks() -> None:
+    recipe = load_recipe("t2v-1.3b/lora", ["memory={activation_checkpointing: 0.5, compile: false, fp8: true}"])
+    assert check(recipe) == [
+        "memory.activation_checkpointing=0.5 needs memory.compile: true: it is the compiler that keeps to a budget",
+        "memory.fp8=True needs memory.compile: true: casts that are not fused cost more than 8 bits save",
+    ]
+    recipe = load_recipe("t2v-1.3b/lora", ["memory={activation_checkpointing: 0.5, compile: true, fp8: true}"])
+    assert check(recipe) == []
+    assert check(recipe, engine="zero3") == [
+        "memory.compile: true does not work under ZeRO-3, which gathers parameters inside the blocks: use FSDP2 "
+        "(fsdp2.yaml), or set memory.compile: false"
+    ]
+
+
+@pytest.mark.parametrize("value", ["1.5", "0", "some", "true"])
+def test_checkpointing_is_a_policy_or_a_budget(value: str) -> None:
+    with pytest.raises(RecipeError, match=r"memory\.activation_checkpointing"):
+        load_recipe("t2v-1.3b/lora", [f"memory.activation_checkpointing={value}"])

@@ -118,9 +118,9 @@ OURS = {
     "liger_kernel_config": "nothing: it is for language models",
     "average_tokens_across_devices": "nothing: the loss is a mean over samples",
     "use_cache": "nothing: it is for language models",
-    "torch_compile": "nothing yet: blocks cannot be compiled by a recipe",
-    "torch_compile_backend": "nothing yet: blocks cannot be compiled by a recipe",
-    "torch_compile_mode": "nothing yet: blocks cannot be compiled by a recipe",
+    "torch_compile": "memory.compile",
+    "torch_compile_backend": "memory.compile",
+    "torch_compile_mode": "memory.compile",
 }
 # Owned by the accelerate config.
 ACCELERATES = frozenset(

@@ -27,7 +27,7 @@ class Model:
     hub id.
 
     `torch_dtype` is that of the base weights in memory: bfloat16 halves a LoRA's frozen base; full training needs
-    float32 masters.
+    float32 masters. `attention` is the kernel of the blocks' attention: torch's choice for the inputs, or one by name.
     """
 
     __pydantic_config__ = _STRICT
@@ -35,6 +35,7 @@ class Model:
     revision: str | None = None
     expert: Literal["high", "low", "both"] | None = None
     torch_dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["sdpa", "cudnn", "flash_2", "flash_3"] = "sdpa"
     fuse_loras: list[FusedLora] = field(default_factory=list)
 
 
@@ -168,10 +169,19 @@ class Parallel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Activation checkpointing: `full` recomputes every block, `none` keeps everything."""
+    """What costs memory and what costs time.
+
+    activation_checkpointing: `full` recomputes every block in the backward pass; `attention` keeps the outputs of
+        attention and of Ulysses' exchanges and recomputes the rest; `none` keeps everything; a number in (0, 1) lets
+        the compiler keep that share of it.
+    compile: compile the blocks.
+    fp8: matrix products of the blocks' base linears in 8 bits.
+    """
 
     __pydantic_config__ = _STRICT
-    activation_checkpointing: Literal["full", "none"] = "full"
+    activation_checkpointing: Literal["full", "attention", "none"] | Annotated[float, Field(gt=0, lt=1)] = "attention"
+    compile: bool = False
+    fp8: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
