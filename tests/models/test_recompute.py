@@ -110,9 +110,18 @@ def adapted(variant: str, method: str) -> WanDenoiser:
     return model
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("variant", ["t2v-1.3b", "animate-14b"])
-def test_every_policy_computes_the_same_eager_and_compiled(variant: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("variant", "method", "compiled"),
+    [
+        ("t2v-1.3b", "full", POLICIES),
+        ("animate-14b", "lora", POLICIES),
+        ("t2v-1.3b", "lora", ["attention"]),  # compiling takes seconds a policy
+        ("animate-14b", "full", ["attention"]),
+    ],
+)
+def test_every_policy_computes_the_same_eager_and_compiled(
+    variant: str, method: str, compiled: list[str | float]
+) -> None:
     model, inputs = adapted(variant, method), inputs_of(variant)
     names = list(model.state_dict())
     expected = results(model, inputs)
@@ -120,8 +129,9 @@ def test_every_policy_computes_the_same_eager_and_compiled(variant: str, method:
         if isinstance(policy, str):
             apply(model, policy, None)
             assert_equal_results(results(model, inputs), expected)
-        apply(model, policy, BACKEND)
-        assert_equal_results(results(model, inputs), expected)
+        if policy in compiled:
+            apply(model, policy, BACKEND)
+            assert_equal_results(results(model, inputs), expected)
         assert list(model.state_dict()) == names
         for block in model.modules():
             if isinstance(block, CheckpointedModule):

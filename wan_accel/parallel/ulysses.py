@@ -120,7 +120,8 @@ def exchange_chunks(x: Tensor, group_name: str) -> Tensor:
     An operator of its own can be compiled into a block, and is known by name to what decides on recomputation.
     """
     out = torch.empty_like(x)
-    dist.all_to_all_single(out, x, group=_resolve_process_group(group_name))
+    name: Any = group_name  # torch 2.14 has a type of its own for it, which an operator's schema cannot name
+    dist.all_to_all_single(out, x, group=_resolve_process_group(name))
     return out
 
 
