@@ -159,6 +159,9 @@ def test_picture_by_sigma(tmp_path: Path) -> None:
     lines.insert(1, {"step": 10, "loss": 3.0})
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert losses_by_sigma(lines)[1] == (20, {0.06: 0.8, 0.94: 0.2})
+    again = [*lines, {"step": 20, "eval_loss/sigma_0.06": 0.7}]  # a resumed run evaluates where it starts once more
+    assert [step for step, _ in losses_by_sigma(again)] == [0, 20, 40]
+    assert losses_by_sigma(again)[1] == (20, {0.06: 0.7})
     plot_losses_by_sigma(tmp_path / "metrics.jsonl", tmp_path / "by_sigma.png")
     assert (tmp_path / "by_sigma.png").stat().st_size > 5000
     (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[1]))

@@ -68,14 +68,17 @@ def _read_lines(metrics: Path) -> list[dict[str, Any]]:
 
 
 def losses_by_sigma(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[float, float]]]:
-    """Each evaluation of a `metrics.jsonl`: its step, and the loss of every noise level over all experts."""
-    evaluations = []
+    """Each evaluation of a `metrics.jsonl`: its step, and the loss of every noise level over all experts.
+
+    A resumed run evaluates the step that it starts from again: the last one counts.
+    """
+    evaluations: dict[int, dict[float, float]] = {}
     for line in lines:
         names = [key for key in line if key.startswith("eval_loss") and "/sigma_" in key]
         levels = {float(key.rpartition("sigma_")[2]): line[key] for key in names}
         if levels:
-            evaluations.append((int(line["step"]), dict(sorted(levels.items()))))
-    return evaluations
+            evaluations[int(line["step"])] = dict(sorted(levels.items()))
+    return list(evaluations.items())
 
 
 def plot_losses_by_sigma(metrics: Path, picture: Path) -> None:
