@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from wan_accel.cli import main
+from wan_accel.recipe.load import load_recipe
 
 
 def test_recipes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -18,6 +19,11 @@ def test_recipes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert (folder / "accelerate" / "fsdp2.yaml").is_file()
     assert main(["recipes", "show", "animate-14b/full"]) == 0
     assert capsys.readouterr().out == (folder / "animate-14b" / "full.yaml").read_text()
+    for name in names:
+        copied = tmp_path / "copies" / f"{name.replace('/', '-')}.yaml"
+        assert main(["recipes", "copy", name, str(copied)]) == 0
+        assert load_recipe(str(copied)) == load_recipe(name)  # what it inherits is found from anywhere
+    capsys.readouterr()
     copy = tmp_path / "mine" / "recipe.yaml"
     assert main(["recipes", "copy", "animate-14b/lora", str(copy)]) == 0
     assert main(["recipes", "copy", "animate-14b/lora", str(copy)]) == 2

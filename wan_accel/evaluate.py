@@ -25,7 +25,7 @@ from wan_accel.validation import as_metrics, fixed_losses
 from wan_accel.weights import fuse, open_base
 
 # Weights are merged and evaluated in fp32, whatever dtype a recipe holds a LoRA's frozen base in; no trackers.
-OVERRIDES = ("method={kind: full}", "model.torch_dtype=float32", "training.report_to=none")
+OVERRIDES = ("method={kind: full}", "model.torch_dtype=float32", "validation.ema=false", "training.report_to=none")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -59,6 +59,7 @@ def export(
         ValueError: no complete checkpoint, a layout that does not fit the method, or an output that exists.
         RuntimeError: the written tensors, read back by the tool they are meant for, differ from ours.
     """
+    path = path.resolve()  # "." has no parent, where the run's recipe and exports are
     checkpoint = path if (path / "manifest.json").is_file() else last_checkpoint(path)
     if checkpoint is None:
         raise ValueError(f"{path} holds no complete checkpoint: give a run's output_dir or a checkpoint-N folder")
@@ -174,7 +175,7 @@ def _write_full(
         names = list(merged.shapes)
 
         def read(tensor: str) -> Tensor:
-            return merged.read(tensor).to(job.dtype or base.read(tensor, slice(0, 0)).dtype)
+            return merged.read(tensor).to(job.dtype or base.dtype(tensor))
     else:
         names = full_names(trained, base)
 

@@ -1,6 +1,7 @@
 """What an export reads and how it is written, decided before anything is."""
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from wan_accel.export_lora import LORA_LAYOUTS
 from wan_accel.models.variants import BOTH, Variant, get_variant
 from wan_accel.recipe.load import load_recipe
 from wan_accel.recipe.schema import Recipe
+
+logger = logging.getLogger(__name__)
 
 LAYOUTS = {"lora": LORA_LAYOUTS, "full": ("original",)}
 
@@ -58,6 +61,8 @@ def plan_export(checkpoint: Path, layout: str | None, dtype: torch.dtype | None,
         kind = "merged" if merge else manifest.method
         raise ValueError(f"layout {layout!r} does not fit a {kind} checkpoint: use {', '.join(layouts)}{hint}")
     place = next((folder for folder in (checkpoint, checkpoint.parent) if (folder / "recipe.yaml").is_file()), None)
+    if place is None:  # WanTrainer used as a library: it knows of no recipe
+        logger.warning("%s has no recipe.yaml: its base is taken as it is, with no LoRA fused into it", checkpoint)
     content = (place / "recipe.yaml").read_bytes() if place is not None else None
     return Export(
         checkpoint=checkpoint,

@@ -71,7 +71,7 @@ class LoraFile:
 
     def deltas(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Weight name of the base -> (lora_A (r, in), lora_B (out, r) with the scale folded in)."""
-        return {f"{name}.weight": (layer.down, layer.up * layer.scale) for name, layer in self.layers.items()}
+        return {f"{name}.weight": (layer.down, layer.up.float() * layer.scale) for name, layer in self.layers.items()}
 
 
 def find_lora(path: Path, expert: str = "default") -> Path:

@@ -15,6 +15,7 @@ Trainer methods that are overridden, checked against transformers 5.17 to 5.23 (
 """
 
 import math
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -387,6 +388,8 @@ class WanTrainer(Trainer):
             assert self.lr_scheduler is not None
             torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
             self.state.save_to_json(str(folder / "trainer_state.json"))
+            if (recipe := self.output_dir / "recipe.yaml").is_file():  # so that a checkpoint is whole by itself
+                shutil.copyfile(recipe, folder / recipe.name)
         checkpoint.commit(folder, self._manifest(step), keep=self.args.save_total_limit, is_main=is_main)
 
     def check_space(self) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from wan_accel.models.errors import CheckpointError
@@ -21,6 +22,9 @@ class DerivedReader(CheckpointReader):
     @property
     def num_heads(self) -> int | None:
         return self.inner.num_heads
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.inner.dtype(name)
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         return self.inner.read(name, rows)
@@ -95,6 +99,9 @@ class OverlaidReader(DerivedReader):
         self.folder = top.folder
         self.replaced = {name: shape for name, shape in inner.shapes.items() if part(name) in touched}
         self.shapes = {name: shape for name, shape in inner.shapes.items() if name not in self.replaced} | top.shapes
+
+    def dtype(self, name: str) -> torch.dtype:
+        return (self.top if name in self.top.shapes else self.inner).dtype(name)
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         return (self.top if name in self.top.shapes else self.inner).read(name, rows)

@@ -80,6 +80,10 @@ class CheckpointReader:
             )
         return paths
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that a tensor is stored in."""
+        return self.read(name, slice(0, 0)).dtype
+
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """Read a tensor, or only some rows of its dim 0 (bytes outside them are not read)."""
         source = self._sources[name]
