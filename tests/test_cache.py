@@ -221,6 +221,21 @@ def test_spoilt_checkpoint_leaves_nothing_behind(
     assert len(error.splitlines()) == 1 and not (tmp_path / "latents").exists()
 
 
+def test_encoder_that_cannot_be_loaded_stops_and_rejects_no_clip(
+    run: Run, tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(checkpoint, copy)
+    state = torch.load(copy / CLIP_FILE, weights_only=True)
+    del state[next(name for name in state if name.startswith("visual.") and name.endswith("weight"))]
+    torch.save(state, copy / CLIP_FILE)
+    assert run(f"model.checkpoint={copy}") == 2
+    assert CLIP_FILE in capsys.readouterr().err
+    assert not (tmp_path / "latents" / "rejected.jsonl").exists()
+    assert run() == 0
+    assert clip_ids(tmp_path / "latents") == ["square0", "square1", "square2"]
+
+
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2000])
 

@@ -84,7 +84,11 @@ class ClipsJob:
         stale = other_keys(stored, self.keys) | {
             kind for kind, content in described["content"].items() if stored["content"][kind] != content
         }
-        columns = self._columns(clip, [kind for kind in self.keys if kind in stale])
+        try:
+            columns = self._columns(clip, [kind for kind in self.keys if kind in stale])
+        except torch.OutOfMemoryError as error:
+            self._reject(clip, error)
+            return stored  # its other columns are good; it is still stale, and the next run tries again
         return None if columns is None else {**stored, **described, **columns}
 
     def _encode(self, rows: Sequence[int]) -> None:
@@ -98,6 +102,9 @@ class ClipsJob:
                 clip = self.source.rows[int(name)]
                 try:
                     columns = self._columns(clip, list(self.keys))
+                except torch.OutOfMemoryError as error:
+                    self._reject(clip, error)
+                    continue
                 except BaseException:
                     writer.flush()  # what is encoded is kept, whatever stops this rank
                     raise
@@ -105,16 +112,29 @@ class ClipsJob:
                     writer.write({**self.source.describe(int(name), clip, self.keys), **columns})
 
     def _columns(self, clip: Mapping[str, Any], kinds: Collection[str]) -> dict[str, Any] | None:
-        """The tensor columns of some kinds; None, and a line in rejected.jsonl, for a clip that cannot be encoded."""
+        """The tensor columns of some kinds; None, and a line in rejected.jsonl, for a clip that cannot be encoded.
+
+        A network that cannot be loaded stops this rank: it would reject every clip, and faster than others encode them.
+        """
         if not kinds:
             return {}
+        self._load(kinds)
         try:
             return self.encoder.encode(load_clip(clip), modes=clip.get("modes") or [], kinds=kinds)
-        except (ValueError, torch.OutOfMemoryError) as error:
-            logger.warning("clip %s is left out: %s", clip["clip_id"], error)
-            with self.rejected.open("a") as file:
-                file.write(json.dumps({"clip_id": clip["clip_id"], "reason": str(error)}) + "\n")
+        except ValueError as error:
+            self._reject(clip, error)
             return None
+
+    def _load(self, kinds: Collection[str]) -> None:
+        try:
+            self.encoder.load(kinds)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(f"{self.encoder.device} cannot hold the encoders ({error}): free it") from None
+
+    def _reject(self, clip: Mapping[str, Any], error: Exception) -> None:
+        logger.warning("clip %s is left out: %s", clip["clip_id"], error)
+        with self.rejected.open("a") as file:
+            file.write(json.dumps({"clip_id": clip["clip_id"], "reason": str(error)}) + "\n")
 
     def _claim(self, names: list[str], what: str) -> Iterator[str]:
         """Yield the names that this rank gets; a claim file made by `O_EXCL` belongs to one rank.

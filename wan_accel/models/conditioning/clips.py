@@ -84,6 +84,23 @@ class ClipEncoder:
         animate = ("pose", "reference", "face", "known") if self.variant.has_animate_adapter else ()
         return ("video", *image, *animate)
 
+    def load(self, kinds: Collection[str]) -> None:
+        """Load the networks that some kinds need, once: what goes wrong here is not a clip's fault.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+            torch.OutOfMemoryError: the device cannot hold them.
+        """
+        for kind in kinds:
+            for network in self._networks(kind):
+                getattr(self, network)
+
+    def _networks(self, kind: str) -> tuple[str, ...]:
+        if kind == "face":
+            return ("motion_encoder",)
+        has_features = kind == "reference" or (kind == "image" and self.variant.dit.clip_dim is not None)
+        return ("vae", "clip") if has_features else ("vae",)
+
     def encode(
         self, clip: Clip, *, modes: Sequence[str] = (), kinds: Collection[str] | None = None
     ) -> dict[str, Any]:
