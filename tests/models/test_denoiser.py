@@ -257,3 +257,15 @@ def test_blocks_choose_rows_without_a_graph_break() -> None:
     for module, args in ((denoiser.blocks[0], inputs), (denoiser.head, (x, torch.randn(3, 2, 96), own_row))):
         compiled = torch.compile(module, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(*args), module(*args))
+
+
+def test_blocks_get_contiguous_tokens_and_attention_their_dtype() -> None:
+    """A block keeps the layout of its tokens; a norm that computes in fp32 does not widen what attention gets."""
+    denoiser = WanDenoiser(build_dit(DitSize(**TINY, in_dim=16))).bfloat16()
+    seen: list[torch.Tensor] = []
+    first = denoiser.transformer_blocks[0]
+    first.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    first.self_attn.norm_q.register_forward_hook(lambda _, arguments, out: out.float())
+    first.self_attn.attn.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    denoiser(**{key: animate_inputs(2)[key] for key in ("hidden_states", "timestep", "text")})
+    assert seen[0].is_contiguous() and seen[1].dtype == torch.bfloat16

@@ -128,19 +128,25 @@ class WanBlock(CheckpointedModule):
 
     def _self_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         attention = self.self_attn
-        q = apply_rope(attention.norm_q(attention.q(x)), cos, sin, self.num_heads)
-        k = apply_rope(attention.norm_k(attention.k(x)), cos, sin, self.num_heads)
+        q = apply_rope(normalise(attention.norm_q, attention.q(x)), cos, sin, self.num_heads)
+        k = apply_rope(normalise(attention.norm_k, attention.k(x)), cos, sin, self.num_heads)
         return attention.o(attention.attn(q, k, attention.v(x)))
 
     def _cross_attention(self, x: Tensor, context: Tensor) -> Tensor:
         attention = self.cross_attn
-        q = attention.norm_q(attention.q(x))
+        q = normalise(attention.norm_q, attention.q(x))
         text = context[:, NUM_CLIP_TOKENS:] if self.has_image else context
-        out = attention.attn(q, attention.norm_k(attention.k(text)), attention.v(text))
+        out = attention.attn(q, normalise(attention.norm_k, attention.k(text)), attention.v(text))
         if self.has_image:
             image = context[:, :NUM_CLIP_TOKENS]
-            out = out + attention.attn(q, attention.norm_k_img(attention.k_img(image)), attention.v_img(image))
+            k = normalise(attention.norm_k_img, attention.k_img(image))
+            out = out + attention.attn(q, k, attention.v_img(image))
         return attention.o(out)
+
+
+def normalise(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x) in x's dtype: CUDA's autocast runs rms_norm in fp32 (torch 2.12 and later) and would leave it there."""
+    return norm(x).to(x.dtype)
 
 
 def modulation_of_tokens(own: Tensor, timestep: Tensor, in_first_frame: Tensor | None) -> tuple[Tensor, ...]:

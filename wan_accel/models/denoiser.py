@@ -132,7 +132,9 @@ class WanDenoiser(nn.Module):
         modulation = self.time_projection(time_embedding).unflatten(-1, (6, -1))  # (B, [2,] 6, C) fp32
         context = self._embed_context(text.to(dtype), clip_features)
         motion = self._embed_motion(motion_vectors, face_pixel_values, dtype)
-        x = self._run_blocks(x.flatten(2).transpose(1, 2), grid, span, context, modulation, motion, in_first_frame)
+        # Contiguous: every block keeps the layout that it is given, and its norms would read with a stride of L.
+        x = x.flatten(2).transpose(1, 2).contiguous()
+        x = self._run_blocks(x, grid, span, context, modulation, motion, in_first_frame)
         x = self.head(x, time_embedding, in_first_frame)
         if self.sequence_parallel is not None:
             x = self.sequence_parallel.gather(x, grid[0] * grid[1] * grid[2])
