@@ -1,6 +1,7 @@
 """Properties of the schedule."""
 
 import dataclasses
+import pickle
 from collections import Counter
 
 import pytest
@@ -114,6 +115,12 @@ def test_a_budget_gives_small_clips_larger_batches() -> None:
     for num_ranks in (1, 2):
         steps = [plan.step(number, num_ranks) for number in range(plan.steps_per_epoch)]
         assert imbalance(steps, lambda bucket: tokens_of(*bucket)) <= 0.05
+
+
+def test_a_plan_can_be_sent_to_data_workers() -> None:
+    plan = make_plan([7, 5, 3])
+    expected = plan.step(4, 2)
+    assert pickle.loads(pickle.dumps(plan)).step(4, 2) == expected
 
 
 def test_balance_on_mixed_buckets() -> None:

@@ -108,12 +108,14 @@ def test_launched_zero3_full_is_exported_and_reloaded(root: Path, capsys: pytest
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["eval_loss"] == pytest.approx(losses[6], rel=1e-5)
 
 
-def test_lora_leaves_the_base_alone_and_resumes(root: Path) -> None:
+def test_lora_leaves_the_base_alone_and_resumes(root: Path, capsys: pytest.CaptureFixture) -> None:
     run = root / "run-resumed"
     arguments = [str(root / "recipe.yaml"), f"training.output_dir={run}"]
     assert train.main([*arguments, "training.max_steps=3"]) == 0
     assert train.main(arguments) == 0  # resume_from_checkpoint: auto is the default
     assert sorted(metrics(run, "loss")) == [1, 2, 3, 4, 5, 6]
+    message = fails([*arguments, f"training.resume_from_checkpoint={run / 'checkpoint-3'}"], capsys)
+    assert "holds checkpoint-6, newer than" in message
     trainer = train.build_trainer(train.load_recipe(arguments[0], [arguments[1]]))
     trainer.train(resume_from_checkpoint=str(run / "checkpoint-6"))
     fresh = dict(load_wan("animate-14b", root / "model").named_parameters())

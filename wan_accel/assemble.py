@@ -52,7 +52,7 @@ def launched_engine() -> Engine:
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         return "zero3"
-    if not dist.is_initialized():
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return "single"
     return "fsdp2" if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" else "ddp"
 

@@ -24,8 +24,12 @@ from wan_accel.trainer import WanTrainer
 from wan_accel.validation import as_metrics, fixed_losses
 from wan_accel.weights import fuse, open_base
 
-# Weights are merged and evaluated in fp32, whatever dtype a recipe holds a LoRA's frozen base in; no trackers.
-OVERRIDES = ("method={kind: full}", "model.torch_dtype=float32", "validation.ema=false", "training.report_to=none")
+# Weights are merged and evaluated in fp32, whatever dtype a recipe holds a LoRA's frozen base in, on cached conditions;
+# no trackers.
+OVERRIDES = (
+    "method={kind: full}", "model.torch_dtype=float32", "validation.ema=false", "training.report_to=none",
+    "data.on_the_fly=[]", "data.augment=null", "data.augment_caption=null",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

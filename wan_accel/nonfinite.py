@@ -152,8 +152,8 @@ class FiniteGuard:
 
     def _error(self, watched: _Watched) -> NonFiniteError:
         """Save this rank's batch and say what happened, the same on all ranks. Collective."""
-        self._save_batch(watched)
         clips = _gather(self._bad_clips(watched))
+        self._save_batch(watched)  # after the collective: a full disk on one rank must not leave the others waiting
         newest = checkpoint.last_checkpoint(self.output_dir)
         go_on = f"the newest complete checkpoint is {newest}" if newest else "there is no checkpoint yet"
         return NonFiniteError(

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -218,7 +217,7 @@ class StepPlan:
         numbers = {bucket: number for number, bucket in enumerate(self._kinds)}
         self._bucket_numbers = np.zeros(len(index.buckets), dtype=np.int64)
         self._bucket_numbers[self.rows] = [numbers[index.buckets[row]] for row in self.rows.tolist()]
-        self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
+        self._epochs: dict[int, list[list[Group]]] = {}
         self._starts = [0]  # first step of each epoch so far
 
     @property
@@ -263,7 +262,9 @@ class StepPlan:
     def step(self, step: int, num_data_ranks: int) -> Step:
         """The optimizer step `step` (from 0) on `num_data_ranks` ranks."""
         epoch, position = self.locate(step)
-        groups = self._epoch(epoch)[position]
+        if epoch not in self._epochs:  # a step and the next one may be of two epochs
+            self._epochs = {**dict(list(self._epochs.items())[-1:]), epoch: self._plan_epoch(epoch)}
+        groups = self._epochs[epoch][position]
         micro_steps: list[MicroStep] = []
         first_rank = 0
         for (bucket, expert), rows in groups:

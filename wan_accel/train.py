@@ -198,7 +198,12 @@ def resume_path(recipe: Recipe, args: WanTrainingArguments) -> str | None:
         return None
     if wanted == "auto" or wanted is True:
         return str(newest) if newest is not None else None
-    checkpoint.read_manifest(Path(wanted))
+    step = checkpoint.read_manifest(Path(wanted)).step
+    if newest is not None and checkpoint.read_manifest(newest).step > step:
+        raise ValueError(
+            f"training.output_dir={args.output_dir} holds {newest.name}, newer than {wanted}: a run that goes on from "
+            "there would be mixed up with it. Choose another output_dir, or move the newer checkpoints away"
+        )
     return str(wanted)
 
 

@@ -347,6 +347,9 @@ class WanTrainer(Trainer):
             lane.zero_grad(set_to_none=True)
         elif not lane.optimizer.overflow:
             raise RuntimeError("this DeepSpeed steps with gradients that are not finite: upgrade it (0.19.8 is tested)")
+        else:
+            # The flag stands until this engine's next step, and Trainer would hold the schedule back as long.
+            lane.optimizer.overflow = False
 
     def stepped_names(self) -> list[str]:
         """Trained parameters that the optimizer has just stepped, before their gradients are cleared."""
@@ -472,7 +475,10 @@ class WanTrainer(Trainer):
                     f"{self.args.world_size}: start {saved.world_size}"
                 )
             for expert, engine in self._engines.items():
-                engine.load_checkpoint(str(checkpoint.zero_folder(folder, expert)), load_module_strict=False)
+                place = checkpoint.zero_folder(folder, expert)
+                loaded, _ = engine.load_checkpoint(str(place), load_module_strict=False)
+                if loaded is None:  # DeepSpeed only warns
+                    raise ValueError(f"{place} is damaged or not complete: resume from another checkpoint of the run")
         else:
             checkpoint.load_weights(folder, model, self._plain_optimizer)
         if self.ema is not None:

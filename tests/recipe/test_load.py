@@ -101,3 +101,8 @@ def test_resolved_recipe_loads_again(tmp_path: Path) -> None:
         again = write(tmp_path, to_yaml(recipe))
         assert load_recipe(again) == recipe
         assert yaml.safe_load(to_yaml(recipe))["variant"] == recipe.variant
+
+
+def test_strategies_by_epoch_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"training\.save_strategy: epoch is not supported: use steps"):
+        load_recipe("t2v-1.3b/lora", ["training.save_strategy=epoch"])

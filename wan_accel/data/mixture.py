@@ -72,12 +72,12 @@ class MixedLatents:
 
     Args:
         datasets: of one variant; their keys are checked against a recipe's one by one.
-        weights: of each; the number of its rows by default.
+        weights: of each; the number of its rows to train on by default.
     """
 
     def __init__(self, datasets: Sequence[LatentsDataset], weights: Sequence[float] | None = None) -> None:
         self.datasets = list(datasets)
-        self.weights = [float(len(one)) for one in datasets] if weights is None else list(weights)
+        self.weights = weights
         self._starts = [0, *accumulate(map(len, datasets))]
 
     def __len__(self) -> int:
@@ -139,4 +139,5 @@ class MixedLatents:
         split: list[list[int]] = [[] for _ in self.datasets]
         for row in rows:
             split[bisect.bisect_right(self._starts, row) - 1].append(row)
-        return Mixture(split, self.weights, num_rows=len(self), seed=seed)
+        weights = [float(len(part)) for part in split] if self.weights is None else self.weights
+        return Mixture(split, weights, num_rows=len(self), seed=seed)

@@ -46,18 +46,9 @@ PASSED = frozenset(
         "trackio_space_id",
         "trackio_bucket_id",
         "trackio_static_space_id",
-        "push_to_hub",
         "resume_from_checkpoint",
-        "hub_model_id",
-        "hub_strategy",
-        "hub_token",
-        "hub_private_repo",
-        "hub_always_push",
-        "hub_revision",
         "dataloader_num_workers",
         "dataloader_pin_memory",
-        "dataloader_multiprocessing_context",
-        "dataloader_persistent_workers",
         "dataloader_prefetch_factor",
         "ddp_timeout",
         "ddp_bucket_cap_mb",
@@ -68,7 +59,6 @@ PASSED = frozenset(
         "use_cpu",
         "debug",
         "tf32",
-        "torch_empty_cache_steps",
         "greater_is_better",
         "metric_for_best_model",
     ]
@@ -113,6 +103,16 @@ OURS = {
     "save_on_each_node": "nothing: checkpoints are written once, to a shared disk",
     "restore_callback_states_from_checkpoint": "nothing",
     "enable_jit_checkpoint": "nothing yet",
+    "push_to_hub": "wan-accel export --push-to-hub",
+    "hub_model_id": "wan-accel export --push-to-hub",
+    "hub_strategy": "wan-accel export --push-to-hub",
+    "hub_token": "the login of huggingface_hub (hf auth login)",
+    "hub_private_repo": "wan-accel export --push-to-hub",
+    "hub_always_push": "wan-accel export --push-to-hub",
+    "hub_revision": "wan-accel export --push-to-hub",
+    "dataloader_multiprocessing_context": "nothing: workers are started as the platform does",
+    "dataloader_persistent_workers": "nothing: workers live as long as the run",
+    "torch_empty_cache_steps": "nothing: steps have the same shapes again and again",
     "neftune_noise_alpha": "nothing: it is for language models",
     "use_liger_kernel": "nothing: it is for language models",
     "liger_kernel_config": "nothing: it is for language models",
@@ -163,6 +163,9 @@ def problems_of(training: dict[str, Any], where: Callable[[str], str]) -> list[s
             near = difflib.get_close_matches(field, PASSED, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ": it is not a field of TrainingArguments"
             problems.append(f"{where(field)}: training.{field}: unknown key{hint}")
+    for field in ("save_strategy", "logging_strategy"):
+        if training.get(field) == "epoch":  # Trainer sees one endless epoch, so it would mean once, at the end
+            problems.append(f"{where(field)}: training.{field}: epoch is not supported: use steps")
     if "output_dir" not in training:
         problems.append(f"{where('output_dir')}: training.output_dir: missing")
     return problems
