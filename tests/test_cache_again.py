@@ -202,7 +202,7 @@ def test_other_clips_are_refused(job: Job, tmp_path: Path, capsys: pytest.Captur
 def test_stale_clip_that_cannot_be_encoded(job: Job, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "clips")
     write_clips(tmp_path / "clips", [clip_row(0), clip_row(1) | {"face_video": None}, clip_row(2)])
-    assert job(loads={"load_vae"}) == 0
+    assert job(loads={"load_motion_encoder"}) == 0
     assert [row["clip_id"] for row in rows(tmp_path)] == ["square0", "square2"]
     assert "has no faces" in (tmp_path / "latents" / "rejected.jsonl").read_text()
 
