@@ -91,6 +91,18 @@ def last_checkpoint(output_dir: Path) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint folder, or the newest complete one of a run.
+
+    Raises:
+        ValueError: neither.
+    """
+    found = path if (path / MANIFEST).is_file() else last_checkpoint(path)
+    if found is None:
+        raise ValueError(f"{path} holds no complete checkpoint: give a run's output_dir or a checkpoint-N folder")
+    return found
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
@@ -205,6 +217,17 @@ def read_trained(folder: Path, *, ema: bool = False) -> dict[str, Tensor]:
     state = {"model": {name: torch.empty(shape) for name, shape in manifest.trained.items()}}
     dcp.load(state, checkpoint_id=str(folder / "model"), no_dist=True)
     return state["model"]
+
+
+def trained_by_expert(trained: dict[str, Tensor], expert: str) -> dict[str, dict[str, Tensor]]:
+    """Expert -> its tensors by their names in one denoiser; a pair's are stored under `high.` and `low.`."""
+    if expert != BOTH:
+        return {expert: trained}
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in trained.items():
+        prefix, _, rest = name.partition(".")
+        found.setdefault(prefix, {})[rest] = tensor
+    return found
 
 
 def _read_zero(folder: Path, manifest: Manifest) -> dict[str, Tensor]:

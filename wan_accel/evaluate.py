@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from wan_accel.assemble import launched_engine
+from wan_accel.checkpoint import find_checkpoint
 from wan_accel.models.hub import resolve_checkpoint
 from wan_accel.models.reader import CheckpointReader
 from wan_accel.models.variants import get_variant
@@ -19,7 +20,7 @@ from wan_accel.recipe.schema import FusedLora, Recipe, SampleVideos
 from wan_accel.sample_drawing import gather
 from wan_accel.sample_videos import video_sampler
 from wan_accel.train import build_trainer
-from wan_accel.trained_weights import find_checkpoint, trained_reader
+from wan_accel.trained_weights import trained_reader
 from wan_accel.trainer import WanTrainer
 from wan_accel.validation import as_metrics, fixed_losses
 from wan_accel.weights import fuse, open_base

@@ -10,19 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wan_accel.checkpoint import last_checkpoint, read_trained
+from wan_accel.checkpoint import find_checkpoint, read_trained, trained_by_expert
 from wan_accel.export_check import read_back
 from wan_accel.export_full import full_names, write_full
 from wan_accel.export_lora import folded, write_lora, write_peft
 from wan_accel.export_plan import Export, default_output, metadata, plan_export
 from wan_accel.hub import CARD, card_of, push
-from wan_accel.lora_files import lora_deltas as lora_deltas
 from wan_accel.lora_files import lora_layers
 from wan_accel.model_card import CardFile, model_card
-from wan_accel.models.derived_readers import MergedReader
 from wan_accel.models.reader import CheckpointReader
 from wan_accel.models.variants import BOTH
 from wan_accel.recipe.schema import Model
+from wan_accel.trained_weights import merged_reader
 from wan_accel.weights import open_base
 
 logger = logging.getLogger(__name__)
@@ -60,10 +59,7 @@ def export(
         RuntimeError: the written tensors, read back by the tool they are meant for, differ from ours.
     """
     path = path.resolve()  # "." has no parent, where the run's recipe and exports are
-    checkpoint = path if (path / "manifest.json").is_file() else last_checkpoint(path)
-    if checkpoint is None:
-        raise ValueError(f"{path} holds no complete checkpoint: give a run's output_dir or a checkpoint-N folder")
-    job = plan_export(checkpoint, layout, dtype, merge, ema)
+    job = plan_export(find_checkpoint(path), layout, dtype, merge, ema)
     output = output or default_output(job)
     _check_output(job, output)
     read_by = _write_in_place(job, output)
@@ -99,17 +95,6 @@ def _write_in_place(job: Export, output: Path) -> str:
     else:
         temporary.rename(output)
     return read_by
-
-
-def trained_by_expert(trained: dict[str, Tensor], expert: str) -> dict[str, dict[str, Tensor]]:
-    """Expert -> its tensors by their names in one denoiser; a pair's are stored under `high.` and `low.`."""
-    if expert != BOTH:
-        return {expert: trained}
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in trained.items():
-        prefix, _, rest = name.partition(".")
-        found.setdefault(prefix, {})[rest] = tensor
-    return found
 
 
 def _write(job: Export, folder: Path, name: str | None) -> str:
@@ -168,10 +153,7 @@ def _write_full(
 ) -> tuple[CardFile, str]:
     base = _base(job, expert)
     if job.merge:
-        assert job.manifest.lora is not None
-        scale = job.manifest.lora["lora_alpha"] / job.manifest.lora["r"]
-        layers, _ = lora_layers(trained, job.checkpoint, scale=scale)
-        merged = MergedReader(base, {f"{key}.weight": pair for key, pair in folded(layers, None).items()})
+        merged = merged_reader(base, trained, job.manifest, job.checkpoint)
         names = list(merged.shapes)
 
         def read(tensor: str) -> Tensor:

@@ -70,8 +70,8 @@ class LoraFile:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def deltas(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Weight name of the base -> (lora_A (r, in), lora_B (out, r) with the scale folded in)."""
-        return {f"{name}.weight": (layer.down, layer.up.float() * layer.scale) for name, layer in self.layers.items()}
+        """What the file adds to the base's weights, see `deltas`."""
+        return deltas(self.layers)
 
 
 def find_lora(path: Path, expert: str = "default") -> Path:
@@ -206,11 +206,6 @@ def _join(parts: list[LoraLayer]) -> LoraLayer:
     return LoraLayer(down=torch.cat([first.down, second.down]), up=up)
 
 
-def lora_deltas(state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Pair the tensors of a LoRA: weight name of the base -> (lora_A (r, in), lora_B (out, r)).
-
-    Raises:
-        CheckpointError: tensors that are not understood or have no partner.
-    """
-    layers, differences = lora_layers(state, Path("the LoRA"))
-    return LoraFile(path=Path(), layers=layers, differences=differences).deltas()
+def deltas(layers: Mapping[str, LoraLayer]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Weight name of the base -> (lora_A (r, in), lora_B (out, r) fp32 with the scale folded in)."""
+    return {f"{name}.weight": (layer.down, layer.up.float() * layer.scale) for name, layer in layers.items()}

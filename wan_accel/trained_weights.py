@@ -6,24 +6,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from wan_accel.checkpoint import MANIFEST, Manifest, last_checkpoint, read_manifest, read_trained
-from wan_accel.export import lora_deltas
+from wan_accel.checkpoint import Manifest, read_manifest, read_trained, trained_by_expert
+from wan_accel.lora_files import deltas, lora_layers
 from wan_accel.models.derived_readers import DerivedReader, MergedReader
 from wan_accel.models.errors import CheckpointError
 from wan_accel.models.reader import CheckpointReader
 from wan_accel.models.variants import BOTH
-
-
-def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder, or the newest complete one of a run.
-
-    Raises:
-        ValueError: neither.
-    """
-    found = path if (path / MANIFEST).is_file() else last_checkpoint(path)
-    if found is None:
-        raise ValueError(f"{path} holds no complete checkpoint: give a run's output_dir or a checkpoint-N folder")
-    return found
 
 
 def trained_reader(checkpoint: Path, base: CheckpointReader, *, variant: str, expert: str) -> CheckpointReader:
@@ -48,10 +36,17 @@ def trained_reader(checkpoint: Path, base: CheckpointReader, *, variant: str, ex
         )
     if manifest.method == "full":
         return TrainedReader(base, checkpoint, manifest, expert)
+    trained = trained_by_expert(read_trained(checkpoint), manifest.expert)[expert]
+    return merged_reader(base, trained, manifest, checkpoint)
+
+
+def merged_reader(
+    base: CheckpointReader, trained: dict[str, Tensor], manifest: Manifest, checkpoint: Path
+) -> MergedReader:
+    """A base with one expert's trained LoRA added to it, in fp32."""
     assert manifest.lora is not None
-    prefix = _prefix(manifest, expert)
-    trained = {n.removeprefix(prefix): t for n, t in read_trained(checkpoint).items() if n.startswith(prefix)}
-    return MergedReader(base, lora_deltas(trained), manifest.lora["lora_alpha"] / manifest.lora["r"])
+    layers, _ = lora_layers(trained, checkpoint, scale=manifest.lora["lora_alpha"] / manifest.lora["r"])
+    return MergedReader(base, deltas(layers))
 
 
 def _prefix(manifest: Manifest, expert: str) -> str:

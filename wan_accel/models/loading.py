@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor, Shard
 
 from wan_accel.lora import base_name, initial_lora_value, is_lora
 from wan_accel.models.denoiser import WanDenoiser
-from wan_accel.models.derived_readers import MergedReader as MergedReader
 from wan_accel.models.dit import (
     animate_size_from_shapes,
     build_animate_adapter,
