@@ -6,6 +6,8 @@ import pytest
 from preprocessing.types import PreprocessProfile
 from wan_accel.data.schema import QUALITY
 from wan_accel.models.variants import VARIANTS, Variant
+from wan_accel.parallel.degrees import usable_degrees
+from wan_accel.recipe.arguments import DEFAULTS
 
 GUIDE = (Path(__file__).parents[1] / "docs/ANIMATE_PREPROCESSING.md").read_text()
 
@@ -33,3 +35,18 @@ def test_every_variant_is_explained(variant: Variant):
     row = next(line for line in training.splitlines() if line.startswith(f"| `{variant.name}` | "))
     assert f"| {variant.hub_id} |" in row
     assert row.endswith(f"| {variant.shift:g}, {variant.num_frames}, {variant.fps:g} |")
+
+
+def test_every_default_of_ours_is_explained():
+    training = (Path(__file__).parents[1] / "docs/TRAINING.md").read_text()
+    for name, value in DEFAULTS.items():
+        shown = str(value).lower() if isinstance(value, bool) else f"`{value}`" if isinstance(value, str) else value
+        assert f"| `{name}` | {shown} | " in training
+
+
+def test_the_degrees_in_the_guide_are_those_that_divide_the_heads():
+    training = (Path(__file__).parents[1] / "docs/TRAINING.md").read_text().replace("\n", " ")
+    for heads in {variant.dit.num_heads for variant in VARIANTS.values()}:
+        *first, last = map(str, usable_degrees(heads))
+        assert f"({heads} for " in training or f"; {heads} for " in training
+        assert f"{', '.join(first)} or {last}" in training
