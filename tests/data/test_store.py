@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from datasets import Features, Image, Value, Video, load_from_disk
 
-from wan_accel.data import store
+from wan_accel.data import opened, store
 from wan_accel.data.schema import CLIPS_SCHEMA, SchemaError, clips_features
 
 ROOT = Path(__file__).parents[2]
@@ -133,7 +133,7 @@ def test_a_writer_that_finishes_between_reading_and_writing_the_state_is_not_los
         original(path, content)
 
     write(root, range(3))
-    monkeypatch.setattr(store, "write_json", write_json)
+    monkeypatch.setattr(opened, "write_json", write_json)
     store.refresh_state(root, FEATURES)
     assert not pending and numbers_of(root) == [0, 1, 2, 3, 4, 5]
 
