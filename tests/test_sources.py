@@ -1,19 +1,28 @@
 """What training draws from, out of a recipe: captions laid over, filters, mixtures, and what is refused at once."""
 
 import json
+import logging
+import os
 import shutil
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
+from ranks import run_ranks
 from tiny_clips import clip_row, write_clips
 
-from wan_accel import cache, train
+from wan_accel import cache, sources, train
 from wan_accel.data import store
+from wan_accel.data.digest import digest_rows
 from wan_accel.data.latents import LatentsDataset, LatentsError, cell_to_tensor
 from wan_accel.data.mixture import MixedLatents
 from wan_accel.data.schema import LATENTS_SCHEMA, latents_features, null_features
 from wan_accel.models.variants import get_variant
+from wan_accel.parallel.agreement import name_ranks
 from wan_accel.sources import open_source
 from wan_accel.step_plan import SampleDraw
 from wan_accel.tiny import init_tiny
@@ -214,3 +223,117 @@ def test_latents_that_contradict_their_bucket(root: Path, tmp_path: Path) -> Non
         match=r"clip square1 \(row 1\) has latents \(16, 2, 6, 4\), but its bucket of 9 frames of 48x32 needs \(16, 3,",
     ):
         source.sample(source.clip_ids.index("square1"), draw(1))
+
+
+def add_clips(folder: Path, numbers: range, *, writer: str) -> None:
+    """Parts of a clip each, as a run of the cache that goes on would write them."""
+    first = next(iter(store.load(folder, LATENTS_SCHEMA)))
+    with store.PartWriter(folder, writer=writer, features=latents_features()) as parts:
+        for number in numbers:
+            parts.write(first | {"clip_id": f"{writer}-{number}"})
+            parts.flush()
+
+
+def open_folders(root: str, *folders: str) -> list[list[str] | str]:
+    """The clips of each folder, or why they cannot be used; each rank is in a folder of its own."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    os.chdir(Path(root) / os.environ["RANK"])
+    seen: list[list[str] | str] = []
+    for folder in folders:
+        try:
+            seen.append(opened(Path(root), f"data.latents={folder}").clip_ids)
+        except ValueError as error:
+            seen.append(str(error))
+    return seen
+
+
+def test_ranks_have_the_rows_of_the_main_rank_or_stop(root: Path, tmp_path: Path) -> None:
+    """A copy each: one that grew since the main rank listed it, one with other clips in the same parts, none."""
+    shutil.copyfile(root / "recipe.yaml", tmp_path / "recipe.yaml")
+    for rank in ("0", "1"):
+        for name in ("grown", "other"):
+            shutil.copytree(root / "latents", tmp_path / rank / name)
+    add_clips(tmp_path / "1" / "grown" / "clips", range(3), writer="a")  # before the others in order
+    shutil.rmtree(tmp_path / "1" / "other" / "clips" / "parts")
+    with store.PartWriter(tmp_path / "1" / "other" / "clips", writer="rank0", features=latents_features()) as writer:
+        for row in store.load(root / "latents" / "clips", LATENTS_SCHEMA):
+            writer.write(row | {"clip_id": "other " + row["clip_id"]})
+    first, second = run_ranks(open_folders, 2, str(tmp_path), "grown", "other", "none")
+    assert first == second
+    grown, other, none = first
+    assert grown == opened(root).clip_ids
+    assert other == (
+        "other does not have the same rows on all ranks (3 on rank 0; 3 on rank 1; equal numbers may be other clips or "
+        "captions): give every machine the same folder, or equal copies, and start again"
+    )
+    assert "none/clips is not a dataset of wan-accel (no state.json)" in none
+    assert (name_ranks([3]), name_ranks([0, 1, 2, 5, 7, 8])) == ("rank 3", "ranks 0-2, 5, 7-8")
+
+
+def open_while_growing(root: str, folder: str) -> list[list[str] | str]:
+    """Rank 0 writes clips while both open the folder, rank 1 always later."""
+    growing = threading.Thread(target=add_clips, args=(Path(folder) / "clips", range(30)), kwargs={"writer": "a"})
+    if os.environ["RANK"] == "0":
+        growing.start()
+    else:
+        sources.LatentsDataset = later  # type: ignore[assignment, misc]
+    seen = open_folders(root, *[folder] * 5)
+    if growing.is_alive():
+        growing.join()
+    return [*seen, opened(Path(root), f"data.latents={folder}").clip_ids]
+
+
+def later(*arguments: Any, **options: Any) -> LatentsDataset:
+    time.sleep(0.3)
+    return LatentsDataset(*arguments, **options)
+
+
+def test_ranks_agree_on_a_folder_that_grows(root: Path, tmp_path: Path) -> None:
+    shutil.copyfile(root / "recipe.yaml", tmp_path / "recipe.yaml")
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    shutil.copytree(root / "latents", tmp_path / "latents")
+    first, second = run_ranks(open_while_growing, 2, str(tmp_path), str(tmp_path / "latents"))
+    assert first == second
+    assert all(isinstance(names, list) for names in first), first
+    counts = [len(names) for names in first]
+    assert counts == sorted(counts) and counts[-1] == 33 and len(set(counts)) > 1
+
+
+def test_digest_tells_order_texts_and_weights(root: Path) -> None:
+    digest = opened(root).digest
+    assert digest.rows == 3 and digest == opened(root).digest
+    assert opened(root, "data.where=quality.motion is missing").digest.rows == 1
+    table = pa.table({"clip_id": ["a", "b", "c"], "caption_id": ["x", None, "z"], "num_frames": [5, 9, None]})
+    digests = {
+        digest_rows(other).xxh128
+        for other in (
+            table, table.take([1, 0, 2]), table.slice(0, 2),
+            table.set_column(0, "clip_id", [["ab", "", "c"]]), table.set_column(1, "caption_id", [["x", "", "z"]]),
+            table.set_column(2, "num_frames", [[5, 9, 0]]),
+        )
+    }  # fmt: skip
+    assert len(digests) == 6
+    assert digest_rows(pa.concat_tables([table.slice(0, 1), table.slice(1)])) == digest_rows(table)
+    weighted = [opened(root, *mixed(root, weights)).digest for weights in (("1", "1"), ("1", "2"))]
+    assert weighted[0] != weighted[1] and weighted[0].rows == 5
+
+
+def test_resume_on_other_data_says_so_once(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(root / "latents", tmp_path / "latents")
+    folders = f"data.latents={tmp_path}/latents", f"training.output_dir={tmp_path}/run"
+    assert train.main(arguments(root, *folders)) == 0
+    add_clips(tmp_path / "latents" / "clips", range(2), writer="a")
+    for rows_grew in (True, False):  # the second time the checkpoint is of the data that there is
+        caplog.clear()
+        steps = 4 + (not rows_grew)
+        assert train.main(arguments(root, *folders, f"training.max_steps={steps}")) == 0
+        warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        changed = [line for line in warnings if "the data changed since" in line]
+        assert len(changed) == rows_grew
+        if rows_grew:
+            assert "checkpoint-3 was written (3 rows then, 5 now" in changed[0]

@@ -52,7 +52,7 @@ class ClipsSource:
             raise ValueError(f"data.where={where!r} holds for no clip of {root}: loosen it")
         self._is_chosen = set(self.chosen)
         self._row_of = {name: row for row, name in enumerate(self.clip_ids)}
-        self._fingerprints = fingerprints(root)
+        self._fingerprints = fingerprints(self.rows.parts)
 
     def _refuse_driving_clips(self, root: Path) -> None:
         if "purpose" not in self.rows.table.column_names:

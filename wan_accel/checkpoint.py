@@ -49,7 +49,10 @@ class NoSpaceError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What a checkpoint holds. `trained` maps names of trained tensors to shapes."""
+    """What a checkpoint holds. `trained` maps names of trained tensors to shapes.
+
+    data: digest of the rows that it was trained on, if known (checkpoints before it had the field do not).
+    """
 
     engine: Engine
     step: int
@@ -61,6 +64,7 @@ class Manifest:
     world_size: int
     ulysses: int
     trained: dict[str, list[int]]
+    data: dict[str, Any] | None = None
     format: str = FORMAT
 
 
@@ -77,6 +81,17 @@ def read_manifest(folder: Path) -> Manifest:
     if fields.get("format") != FORMAT:
         raise ValueError(f"{folder} has format {fields.get('format')!r}, this version reads {FORMAT!r}")
     return Manifest(**fields)
+
+
+def other_data(folder: Path, saved: Manifest, current: Manifest) -> str | None:
+    """What to say where a checkpoint was trained on other rows than those that there are now; None for the same."""
+    if saved.data is None or current.data is None or saved.data == current.data:
+        return None
+    return (
+        f"the data changed since {folder} was written ({saved.data['rows']} rows then, {current.data['rows']} now; "
+        f"clips, captions, data.where or weights): training goes on, with other samples from step {saved.step} on "
+        "than without the stop"
+    )
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:

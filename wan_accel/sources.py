@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from wan_accel.data.captions import check_clip_ids, read_captions
 from wan_accel.data.collate import MicroBatch, SampleSource
-from wan_accel.data.latents import LatentsDataset
+from wan_accel.data.latents import LatentsDataset, list_parts
 from wan_accel.data.live import LiveSource, load_hook
 from wan_accel.data.mixture import MixedLatents
 from wan_accel.models.checkpoint_files import condition_keys
@@ -16,6 +16,7 @@ from wan_accel.models.conditioning.live import LiveEncoder
 from wan_accel.models.encoders import load_text_encoder, load_vae
 from wan_accel.models.hub import resolve_checkpoint
 from wan_accel.models.variants import Variant
+from wan_accel.parallel.agreement import check_same_rows, from_main_rank
 from wan_accel.parallel.sharded_text import load_sharded_text_encoder
 from wan_accel.recipe.schema import Recipe
 
@@ -23,17 +24,21 @@ Live = tuple[SampleSource, Callable[[MicroBatch], MicroBatch]]
 
 
 def open_source(recipe: Recipe, variant: Variant) -> LatentsDataset | MixedLatents:
-    """The cached conditions of a recipe, checked to be whole and made with its weights and settings.
+    """The cached conditions of a recipe, checked to be whole and made with its weights and settings. Collective.
+
+    A folder may be growing, so rank 0 decides which parts of it there are.
 
     Raises:
-        ValueError: a folder is missing, damaged or stale, lacks what a dropout needs, or the captions or the filter do
-            not fit; the folder is named.
+        ValueError: a folder is missing, damaged or stale, lacks what a dropout needs, the captions or the filter do
+            not fit, or ranks have other rows; the folder is named.
     """
     data = recipe.data
     captions = read_captions(Path(data.captions)) if data.captions is not None else None
     folders = [part.path for part in data.datasets] or [str(data.latents)]
+    listings = from_main_rank(lambda: [list_parts(Path(folder)) for folder in folders])
     datasets = [
-        LatentsDataset(Path(folder), where=data.where, captions=captions, variant=variant) for folder in folders
+        LatentsDataset(Path(folder), where=data.where, captions=captions, variant=variant, listing=listing)
+        for folder, listing in zip(folders, listings)
     ]
     if captions is not None:
         check_clip_ids(captions, (name for one in datasets for name in one.all_clip_ids), str(data.captions))
@@ -41,6 +46,8 @@ def open_source(recipe: Recipe, variant: Variant) -> LatentsDataset | MixedLaten
     for one in datasets:
         one.check_keys(keys)
         one.check_nulls(caption_dropout=data.caption_dropout, face_dropout=data.face_dropout)
+    for folder, one in zip(folders, datasets):
+        check_same_rows(one.digest, folder)
     if not data.datasets:
         return datasets[0]
     weights = [part.weight for part in data.datasets if part.weight is not None]

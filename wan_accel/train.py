@@ -111,6 +111,7 @@ def build_trainer(recipe: Recipe, readers: Mapping[str, CheckpointReader] | None
         lora=applied.lora,
         base=recipe.model.checkpoint,
         eval_draws=eval_draws,
+        data=source.digest,
         live=open_live(recipe, variant, source, device),
     )
     add_sampling(trainer, recipe)

@@ -14,13 +14,14 @@ Trainer methods that are overridden, checked against transformers 5.17 to 5.23 (
 | get_batch_samples, log | data wait, tokens per second, TFLOP/s, MFU, peak memory |
 """
 
+import logging
 import math
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from wan_accel import checkpoint
 from wan_accel.arguments import WanTrainingArguments
 from wan_accel.checkpoint import Manifest
 from wan_accel.data.collate import MicroBatch, SampleSource, StepDataset
+from wan_accel.data.digest import RowsDigest
 from wan_accel.ema import Ema, EmaCallback, start_ema
 from wan_accel.lora import LoraSettings
 from wan_accel.metrics import MetricsCallback, peak_gib
@@ -54,6 +56,8 @@ from wan_accel.parallel.zero import JointOptimizer, backward_zero, prepare_engin
 from wan_accel.step_plan import EpochItems, SampleDraw, StepPlan, TokenBudget
 from wan_accel.throughput import Throughput
 from wan_accel.validation import as_metrics, fixed_losses
+
+logger = logging.getLogger("wan_accel")
 
 
 class _StepSampler(Sampler):
@@ -84,6 +88,7 @@ class WanTrainer(Trainer):
         lora: the LoRA's settings, None for full training.
         base: name or path of the base checkpoint, recorded in checkpoints.
         eval_draws: fixed draws for validation; empty for none.
+        data: the digest of the rows of `train_dataset`, to tell in a resumed run whether they are the same.
         live: the source of training samples whose conditions are encoded anew, and what encodes them; validation
             uses the cached ones.
         callbacks: further callbacks.
@@ -106,6 +111,7 @@ class WanTrainer(Trainer):
         lora: LoraSettings | None = None,
         base: str = "",
         eval_draws: Sequence[SampleDraw] = (),
+        data: RowsDigest | None = None,
         live: tuple[SampleSource, Callable[[MicroBatch], MicroBatch]] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
@@ -129,6 +135,7 @@ class WanTrainer(Trainer):
         self.lora = lora
         self.base = base
         self.eval_draws = list(eval_draws)
+        self.data = data
         self.live = live
         self.engine = detect_engine(self.accelerator)
         self.dims = ParallelDims(
@@ -425,6 +432,7 @@ class WanTrainer(Trainer):
             world_size=self.args.world_size,
             ulysses=self.args.ulysses,
             trained=shapes,
+            data=asdict(self.data) if self.data is not None else None,
         )
 
     @property
@@ -468,6 +476,8 @@ class WanTrainer(Trainer):
         for field in ("variant", "expert", "method", "lora", "trained"):
             if getattr(saved, field) != getattr(current, field):
                 raise ValueError(f"{folder} trains another {field} than this recipe: use another output_dir or recipe")
+        if problem := checkpoint.other_data(folder, saved, current):
+            logger.log(logging.WARNING if self.is_world_process_zero() else logging.INFO, problem)
         if self.engine == "zero3":
             if saved.world_size != self.args.world_size:
                 raise ValueError(

@@ -138,6 +138,24 @@ def test_a_writer_that_finishes_between_reading_and_writing_the_state_is_not_los
     assert not pending and numbers_of(root) == [0, 1, 2, 3, 4, 5]
 
 
+def test_a_part_that_is_finished_while_the_dataset_is_opened_is_no_error(root, monkeypatch):
+    import datasets
+
+    write(root, range(3))
+    listing = store.listed(root)
+    load = datasets.load_from_disk
+
+    def load_later(path: str) -> object:
+        write(root, range(3, 6), writer="a")  # its part comes before the others
+        return load(path)
+
+    monkeypatch.setattr(datasets, "load_from_disk", load_later)
+    assert len(store.load(root, CLIPS_SCHEMA)) == 6
+    # A process that opens the folder with an older listing sees the older rows.
+    assert [part.parent.name for part in store.open_parts(root, CLIPS_SCHEMA, listing)] == ["w0"]
+    assert [part.parent.name for part in store.open_parts(root, CLIPS_SCHEMA)] == ["a", "w0"]
+
+
 def test_whole_tables_go_in_beside_rows_and_parts_are_cut(root):
     write(root, range(40), writer="rows")
     table = load_from_disk(str(root)).data.table

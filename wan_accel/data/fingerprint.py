@@ -5,7 +5,7 @@ clip at every run; and a hash of the bytes that each kind of condition is made o
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 import xxhash
 
 from wan_accel.data import store
-from wan_accel.data.schema import CLIPS_SCHEMA
 
 # Columns of a clip that each kind of condition is made of.
 _MADE_OF = {
@@ -50,14 +49,9 @@ def _bytes_of(value: Any) -> bytes:
     return value if isinstance(value, bytes) else json.dumps(value).encode()
 
 
-def fingerprints(root: Path) -> list[str]:
-    """The fingerprint of every row of a clips dataset, in order; no picture, point or video is read."""
-    return [
-        found
-        for part in store.open_parts(root, CLIPS_SCHEMA)
-        for batch in store.batches(part)
-        for found in _of_batch(batch)
-    ]
+def fingerprints(parts: Iterable[Path]) -> list[str]:
+    """The fingerprint of every row of parts of a clips dataset, in order; no picture, point or video is read."""
+    return [found for part in parts for batch in store.batches(part) for found in _of_batch(batch)]
 
 
 def _of_batch(batch: pa.RecordBatch) -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wan_accel.data import store
 from wan_accel.data.captions import caption_id
+from wan_accel.data.digest import RowsDigest, digest_rows
 from wan_accel.data.rows import Row, Rows
 from wan_accel.data.schema import KINDS, LATENTS_SCHEMA, NULL_KINDS
 from wan_accel.data.selection import choose_rows
@@ -27,6 +28,7 @@ from wan_accel.models.variants import Variant
 from wan_accel.step_plan import NO_KNOWN, Bucket, DatasetIndex, SampleDraw
 
 _LIGHT = ("clip_id", "num_frames", "height", "width", "num_known", "source_sha256", "caption_id", "keys")
+_TELLING = ["clip_id", "num_frames", "height", "width", "num_known", "source_sha256"]
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -71,6 +73,16 @@ class ClipInfo:
     fps: float
 
 
+def list_parts(root: Path) -> dict[str, list[str]]:
+    """The parts of a latents folder, to open it with on other ranks too: it may be growing.
+
+    Raises:
+        StoreError: it is not there.
+    """
+    # Texts are written before the clips that have them, so they are listed after.
+    return {name: store.listed(root / name) for name in ("clips", "text")}
+
+
 class LatentsDataset:
     """The latents folder that `wan_accel.cache` writes, as a source of training samples.
 
@@ -81,6 +93,7 @@ class LatentsDataset:
         where: which rows, an expression over their small columns (`data.where`); all by default.
         captions: captions by clip_id in place of those of the rows; their texts must have been encoded.
         variant: what is trained: latents are checked to have its shapes. None: they are not checked.
+        listing: parts of the folder (`list_parts`), those that are listed now by default.
 
     Raises:
         StoreError, SchemaError: it is not there, damaged, or of another version.
@@ -95,13 +108,17 @@ class LatentsDataset:
         where: str | None = None,
         captions: Mapping[str, str] | None = None,
         variant: Variant | None = None,
+        listing: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.root = Path(root)
         self.variant = variant
         self._captions = captions or {}
         light = _LIGHT if where is None else (*_LIGHT, "caption", "fps", "modes", "quality")
-        self._clips = Rows(self.root / "clips", LATENTS_SCHEMA, light=light)
-        self._text = Rows(self.root / "text", LATENTS_SCHEMA, light=("caption_id", "key"))
+        listing = list_parts(self.root) if listing is None else listing
+        self._clips = Rows(self.root / "clips", LATENTS_SCHEMA, light=light, listing=listing["clips"])
+        self._text = Rows(
+            self.root / "text", LATENTS_SCHEMA, light=("caption_id", "key"), listing=listing["text"]
+        )
         self._null_keys: dict[tuple[str, str], str] = {}
         self._null = self._load_null()
         self._stored = np.arange(len(self._clips))  # the row in the folder of each of ours
@@ -166,6 +183,11 @@ class LatentsDataset:
     def group_ids(self) -> list[str]:
         """The source of every row: clips of one source stay on one side of a validation split."""
         return self._table["source_sha256"].to_pylist()
+
+    @property
+    def digest(self) -> RowsDigest:
+        """Of everything that the order of samples and their texts depend on."""
+        return digest_rows(self._table.select(_TELLING).append_column("caption_id", self._caption_ids))
 
     @property
     def keys(self) -> dict[str, str]:

@@ -7,6 +7,7 @@ from itertools import accumulate
 import numpy as np
 from torch import Tensor
 
+from wan_accel.data.digest import RowsDigest, join_digests
 from wan_accel.data.latents import ClipInfo, LatentsDataset, LatentsError
 from wan_accel.step_plan import DatasetIndex, SampleDraw, shuffled
 
@@ -91,6 +92,11 @@ class MixedLatents:
     @property
     def clip_ids(self) -> list[str]:
         return [name for one in self.datasets for name in one.clip_ids]
+
+    @property
+    def digest(self) -> RowsDigest:
+        """Of the folders in their order, and of their weights."""
+        return join_digests([one.digest for one in self.datasets], self.weights)
 
     @property
     def keys(self) -> dict[str, str]:

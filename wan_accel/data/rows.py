@@ -35,6 +35,7 @@ class Rows:
         root: the dataset folder.
         schema: what its rows must have in their column `schema`.
         light: columns kept in memory; structs become `source.path`, columns that the dataset lacks are left out.
+        listing: the parts to read (`store.listed`), those that are listed now by default.
 
     Attributes:
         table: the light columns, a row a row.
@@ -45,9 +46,11 @@ class Rows:
         SchemaError: another schema.
     """
 
-    def __init__(self, root: Path, schema: str, *, light: Sequence[str]) -> None:
+    def __init__(
+        self, root: Path, schema: str, *, light: Sequence[str], listing: Sequence[str] | None = None
+    ) -> None:
         self.root = Path(root)
-        opened = store.open_parts(self.root, schema)
+        opened = store.open_parts(self.root, schema, listing)
         self.parts = list(opened)
         self._places: list[_Place] = []
         tables: list[pa.Table] = []

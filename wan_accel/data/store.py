@@ -8,7 +8,7 @@
 """
 
 from wan_accel.data.files import write_json, write_lines
-from wan_accel.data.opened import load, open_parts, refresh_state
+from wan_accel.data.opened import listed, load, open_parts, refresh_state
 from wan_accel.data.part_content import batches, each_id, ids, part_problem, plain_row, verify
 from wan_accel.data.part_files import (
     Sidecar,
@@ -26,7 +26,7 @@ from wan_accel.data.store_error import StoreError
 
 __all__ = [
     "BATCH_BYTES", "PART_BYTES", "RUN_FILE", "PartWriter", "Sidecar", "StoreError", "batches", "claim_output",
-    "each_id", "finished", "ids", "load", "next_revision", "open_parts", "part_problem", "parts", "plain_row",
+    "each_id", "finished", "ids", "listed", "load", "next_revision", "open_parts", "part_problem", "parts", "plain_row",
     "read_sidecar", "refresh_state", "remove_unfinished", "settings_hash", "superseded", "verify", "whole_parts",
     "write_json", "write_lines",
 ]  # fmt: skip
