@@ -37,13 +37,14 @@ with store.PartWriter(root, writer=name, features=features, part_bytes=150_000) 
             writer.write({"schema": "wan-accel/clips@1", "clip_id": str(number), "mask": mask})
     if "hold" in sys.argv:
         print("written", flush=True)
-        time.sleep(600)
+        sys.stdin.read()
 """
 
 
 def start_writer(root: Path, name: str, first: int, last: int, *more: str, pause: float = 0.0) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", WRITER, str(root), name, str(first), str(last), str(pause), *more]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, text=True, **streams)
 
 
 def row(number: int, schema: str = CLIPS_SCHEMA) -> dict[str, object]:
@@ -195,6 +196,25 @@ def test_a_killed_writer_loses_only_its_open_part(tmp_path):
     assert start_writer(root, "w0", 0, 400).wait() == 0
     assert numbers_of(root) == list(range(400))
     assert not list(root.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("second_finishes_first", [True, False])
+def test_two_runs_under_one_name_do_not_damage_each_other(tmp_path, second_finishes_first):
+    root = tmp_path / "out"
+    first = start_writer(root, "w0", 0, 330, "hold")
+    assert first.stdout is not None
+    assert [first.stdout.readline() for _ in range(2)] == ["started\n", "written\n"]
+    second = store.PartWriter(root, writer="w0", features=FEATURES)  # takes the first one's file for a leftover
+    second.write(row(1000))
+    second._write_batch()
+    if second_finishes_first:
+        second.close()
+    _, error = first.communicate()
+    assert first.returncode == 1
+    assert f"{root}/parts/w0/data-00002.arrow is written by another run at the same time: this one stops" in error
+    second.close()
+    assert numbers_of(root) == [*range(256), 1000]
+    assert store.verify(root) == [] and not list(root.rglob("*.tmp"))
 
 
 def test_kills_at_any_moment_leave_every_row_once(tmp_path):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import xxhash
@@ -50,16 +50,18 @@ def part_problem(part: Path, sidecar: Sidecar) -> str | None:
         return "missing"
     if (size := part.stat().st_size) != sidecar.bytes:
         return f"{size} bytes, expected {sidecar.bytes}"
-    if hash_file(part) != sidecar.xxh64:
-        return "content differs from its hash"
+    with part.open("rb") as file:
+        if hash_file(file) != sidecar.xxh64:
+            return "content differs from its hash"
     if (rows := sum(batch.num_rows for batch in batches(part))) != sidecar.rows:
         return f"{rows} rows, expected {sidecar.rows}"
     return None
 
 
-def hash_file(path: Path) -> str:
+def hash_file(file: IO[bytes]) -> str:
+    """Hash a whole open file."""
     digest = xxhash.xxh64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    file.seek(0)
+    while block := file.read(1 << 22):
+        digest.update(block)
     return digest.hexdigest()

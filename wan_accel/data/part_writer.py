@@ -134,9 +134,11 @@ class PartWriter:
         if self._file is None:
             from datasets.arrow_writer import ArrowWriter
 
+            temporary = self._part.with_name(self._part.name + ".tmp")
             with full_disk(self._part):
-                self._file = self._part.with_name(self._part.name + ".tmp").open("wb")
-                self._stream = ArrowWriter(stream=pa.PythonFile(self._file), features=self.features)
+                temporary.unlink(missing_ok=True)
+                self._file = temporary.open("x+b")  # a file of its own: what another run has open stays as it is
+                self._stream = ArrowWriter(stream=pa.PythonFile(self._file, mode="w"), features=self.features)
         return self._file
 
     @property
@@ -158,17 +160,34 @@ class PartWriter:
             self._stream.finalize(close_stream=False)
             file.flush()
             os.fsync(file.fileno())
-            file.close()
-        sidecar = Sidecar(
-            rows=self._written_rows, bytes=temporary.stat().st_size, xxh64=hash_file(temporary), journal=journal
-        )
+        sidecar = Sidecar(rows=self._written_rows, bytes=file.tell(), xxh64=hash_file(file), journal=journal)
+        self._check_alone()
         temporary.rename(self._part)
+        file.close()
         content = {key: value for key, value in asdict(sidecar).items() if value is not None}
         write_json(sidecar_path(self._part), content)
         self._number += 1
         self._file = self._stream = None
         self._written_rows = 0
         self._publish()
+
+    def _check_alone(self) -> None:
+        """Refuse to finish a part where another run writes under this name too: one would replace the other's rows."""
+        if not self._has_file or sidecar_path(self._part).exists():
+            raise StoreError(
+                f"{self._part} is written by another run at the same time: this one stops, and its rows since its last "
+                "finished part are lost; run one at a time"
+            )
+
+    @property
+    def _has_file(self) -> bool:
+        """Say whether the unfinished part at its path is this writer's."""
+        if self._file is None:
+            return False
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._file.name))
+        except FileNotFoundError:
+            return False
 
     def _publish(self) -> None:
         refresh_state(self.root, self.features)
@@ -182,9 +201,10 @@ class PartWriter:
         """Drop the unfinished part, keep the finished ones."""
         self._rows, self._buffered, self._written_rows = [], 0, 0
         if self._file is not None:
+            if self._has_file:
+                Path(self._file.name).unlink(missing_ok=True)
             with suppress(OSError):  # closing writes what is buffered, and the disk may be full
                 self._file.close()
-            Path(self._file.name).unlink(missing_ok=True)
             self._file = self._stream = None
 
 
