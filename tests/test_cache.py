@@ -93,7 +93,7 @@ def test_second_run_encodes_only_what_is_new(run: Run, tmp_path: Path, rows: lis
     with store.PartWriter(tmp_path / "clips", writer="writer1", features=clips_features()) as writer:
         writer.write(rows[1])
         writer.write(clip_row(7, hw=(32, 48)))
-    stale = tmp_path / "latents" / "clips" / "claims" / "1"
+    stale = tmp_path / "latents" / "clips" / "claims" / "clips-0"
     stale.parent.mkdir()
     stale.touch()  # of a run that was killed
     assert run() == 0
@@ -146,6 +146,25 @@ def test_interrupted_run_keeps_what_it_encoded(run: Run, tmp_path: Path, monkeyp
     assert clip_ids(root) == ["square0", "square1", "square2"] and not (root / "clips" / "claims").exists()
 
 
+def test_claims_that_are_taken_away_lose_no_clip(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a run on a machine whose file system keeps no locks would."""
+    load_clip = cache_clips.load_clip
+
+    def load_and_remove(row: dict) -> Clip:
+        shutil.rmtree(tmp_path / "latents" / "clips" / "claims")
+        return load_clip(row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_clips, "load_clip", load_and_remove)
+        assert run() == 2
+    assert "claims is gone: another run removed it" in capsys.readouterr().err
+    assert clip_ids(tmp_path / "latents") == ["square0"]
+    assert run() == 0
+    assert clip_ids(tmp_path / "latents") == ["square0", "square1", "square2"]
+
+
 def _fail_on(clip_id: str, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     load_clip = cache_clips.load_clip
 
@@ -170,12 +189,12 @@ def test_killed_run_is_finished_by_the_next(run: Run, tmp_path: Path, rows: list
     command = [sys.executable, "-m", "wan_accel.cache", str(tmp_path / "recipe.yaml")]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
     try:
-        while process.poll() is None and not (root / "clips" / "claims" / "1").exists():
-            time.sleep(0.05)
+        while process.poll() is None and not (root / "clips" / "claims" / "clips-0").exists():
+            time.sleep(0.02)
     finally:
         process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert (root / "clips" / "claims" / "1").exists() and clip_ids(root) == ["square0"]
+    assert (root / "clips" / "claims" / "clips-0").exists() and clip_ids(root) == ["square0"]
     assert run() == 0
     parts = store.parts(root / "clips")
     assert {path: parts[path] for path in kept} == kept

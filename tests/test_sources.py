@@ -1,5 +1,7 @@
 """What training draws from, out of a recipe: captions laid over, filters, mixtures, and what is refused at once."""
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -20,7 +22,7 @@ from wan_accel.data import store
 from wan_accel.data.digest import digest_rows
 from wan_accel.data.latents import LatentsDataset, LatentsError, cell_to_tensor
 from wan_accel.data.mixture import MixedLatents
-from wan_accel.data.schema import LATENTS_SCHEMA, latents_features, null_features
+from wan_accel.data.schema import LATENTS_SCHEMA, clips_features, latents_features, null_features
 from wan_accel.models.variants import get_variant
 from wan_accel.parallel.agreement import name_ranks
 from wan_accel.sources import open_source
@@ -300,6 +302,34 @@ def test_ranks_agree_on_a_folder_that_grows(root: Path, tmp_path: Path) -> None:
     assert all(isinstance(names, list) for names in first), first
     counts = [len(names) for names in first]
     assert counts == sorted(counts) and counts[-1] == 33 and len(set(counts)) > 1
+
+
+def cache_copies(root: str, *folders: str) -> list[tuple[int, str]]:
+    os.chdir(Path(root) / os.environ["RANK"])
+    outcomes = []
+    for folder in folders:
+        with contextlib.redirect_stderr(io.StringIO()) as error:
+            overrides = f"data.clips={folder}", f"data.latents={root}/latents-{folder}"
+            outcomes.append((cache.main([f"{root}/recipe.yaml", *overrides]), error.getvalue()))
+    return outcomes
+
+
+def test_ranks_cache_the_clips_of_the_main_rank_or_stop(root: Path, tmp_path: Path) -> None:
+    """Rank 1 sees a clip that was written later, and in another folder other captions."""
+    shutil.copyfile(root / "recipe.yaml", tmp_path / "recipe.yaml")
+    for rank in range(2):
+        folder = tmp_path / str(rank)
+        write_clips(folder / "grown", [clip_row(n) for n in range(4)])
+        write_clips(folder / "other", [clip_row(n, caption=f"of rank {rank}") for n in range(2)])
+    with store.PartWriter(tmp_path / "1" / "grown", writer="a", features=clips_features()) as writer:
+        writer.write(clip_row(9, caption="later"))
+    first, second = run_ranks(cache_copies, 2, str(tmp_path), "grown", "other")
+    assert first[0][0] == second[0][0] == 0 and first[1] == second[1]
+    assert first[1][0] == 2 and "data.clips=other does not have the same rows on all ranks (2 on rank 0;" in first[1][1]
+    assert sorted(LatentsDataset(tmp_path / "latents-grown").clip_ids) == [f"square{n}" for n in range(4)]
+    texts = store.load(tmp_path / "latents-grown" / "text", LATENTS_SCHEMA)["caption"]
+    assert len(texts) == len(set(texts)) == 4 and "later" not in texts
+    assert not (tmp_path / "latents-other").exists()
 
 
 def test_digest_tells_order_texts_and_weights(root: Path) -> None:

@@ -25,6 +25,7 @@ from wan_accel.models.checkpoint_files import check_encoder_files, condition_key
 from wan_accel.models.conditioning.clips import ClipEncoder
 from wan_accel.models.hub import resolve_checkpoint
 from wan_accel.models.variants import get_variant
+from wan_accel.parallel.agreement import check_same_rows, from_main_rank
 from wan_accel.recipe.check import check
 from wan_accel.recipe.commandline import log_on_main_rank, parse_overrides, recipe_parser
 from wan_accel.recipe.load import load_recipe
@@ -78,9 +79,13 @@ class Cache:
         self.checkpoint = resolve_checkpoint(recipe.model.checkpoint, recipe.model.revision)
         self.root = Path(recipe.data.latents)
         self.known_variants = recipe.cache.known_variants
+        clips = Path(recipe.data.clips)
+        # It may be growing: the main rank's list of its parts counts.
+        listing = from_main_rank(lambda: store.listed(clips))
         self.source = ClipsSource(
-            Path(recipe.data.clips), self.variant, captions=recipe.data.captions, where=recipe.data.where
+            clips, self.variant, captions=recipe.data.captions, where=recipe.data.where, listing=listing
         )
+        check_same_rows(self.source.digest, f"data.clips={clips}")
         check_encoder_files(self.checkpoint, self.variant)
         self.keys = condition_keys(self.variant, self.checkpoint, known_variants=self.known_variants)
         self.clip_keys = {kind: key for kind, key in self.keys.items() if kind != "text"}
@@ -107,11 +112,14 @@ class Cache:
         return "\n".join(self.estimate().lines(self._free_bytes()))
 
     def check_disk(self) -> None:
-        """Compare the bytes that are still to be written with the free space.
+        """Compare the bytes that are still to be written with the free space. Collective.
 
         Raises:
             ValueError: the disk is too small.
         """
+        from_main_rank(self._check_disk)
+
+    def _check_disk(self) -> None:
         # Each rank writes one part again at a time; the old ones go as the new ones are there.
         needed = self.estimate()
         total = needed.total + min(needed.rewritten, self.state.num_processes * 2 * store.PART_BYTES)
@@ -125,14 +133,14 @@ class Cache:
         return shutil.disk_usage(next(p for p in (self.root, *self.root.resolve().parents) if p.exists())).free
 
     def run(self) -> None:
-        """Encode what is not there yet or stale. Every rank calls it.
+        """Encode what is not there yet or stale. Collective.
 
         Raises:
             ValueError: the output folder is another run's, the disk is full, or no clip could be encoded.
         """
         self._claim_output()
-        work, captions = self.plan()
-        self.state.wait_for_everyone()  # all ranks have the same plan before one of them shortens it
+        self._clear_the_way()
+        parts, new, captions = from_main_rank(self._shared_plan)
         encode_texts(
             captions,
             self.root / "text",
@@ -142,12 +150,17 @@ class Cache:
             shard=self.shard_text_encoder,
         )
         job = self._clips_job()
-        job.run(work)
+        job.run(parts, new)
         self.state.wait_for_everyone()
         if self.state.is_main_process:
             self._finish(job)
         self.state.wait_for_everyone()
         self._summarise(job)
+
+    def _shared_plan(self) -> tuple[tuple[Path, ...], tuple[str, ...], list[str]]:
+        """Parts to write again, ids of new clips, captions: one list for all ranks, whatever they see of the folder."""
+        work, captions = self.plan()
+        return work.parts, work.new, captions
 
     def _clips_job(self) -> ClipsJob:
         encoder = ClipEncoder(
@@ -156,13 +169,16 @@ class Cache:
         return ClipsJob(self.root, self.source, encoder, keys=self.clip_keys, state=self.state)
 
     def _claim_output(self) -> None:
-        """Check on every rank, so that every rank stops with the reason; the main one then clears the way."""
+        """Check on every rank, so that every rank stops with the reason."""
         if (self.root / store.RUN_FILE).is_file():
             raise ValueError(f"data.latents={self.root} is itself a dataset of wan-accel: give another folder")
         for part, features in _FEATURES.items():
             settings = {"variant": self.variant.name, "columns": store.settings_hash(features().to_dict())}
             store.claim_output(self.root / part, schema=LATENTS_SCHEMA, settings=settings)
         self.state.wait_for_everyone()
+
+    def _clear_the_way(self) -> None:
+        """Remove what runs that were killed left behind; the folder is this run's alone."""
         if self.state.is_main_process:
             claims = self.root / "clips" / "claims"
             shutil.rmtree(claims, ignore_errors=True)  # of a run that was killed
@@ -174,7 +190,7 @@ class Cache:
         self.state.wait_for_everyone()
 
     def _finish(self, job: ClipsJob) -> None:
-        shutil.rmtree(job.claims)
+        shutil.rmtree(job.claims, ignore_errors=True)
         for part, features in _FEATURES.items():
             store.refresh_state(self.root / part, features())
         drop_stale_texts(self.root / "text", self.keys["text"])

@@ -2,16 +2,16 @@
 
 import json
 import logging
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from wan_accel.cache_plan import ClipWork, is_stale, other_keys
+from wan_accel.cache_claims import Claims
+from wan_accel.cache_plan import is_stale, other_keys
 from wan_accel.cache_source import ClipsSource
 from wan_accel.data import store
 from wan_accel.data.clips import load_clip
@@ -20,6 +20,7 @@ from wan_accel.data.schema import latents_features
 from wan_accel.models.conditioning.clips import ClipEncoder
 
 logger = logging.getLogger("wan_accel")
+Item = TypeVar("Item")
 _BATCH_BYTES = 64 << 20  # readers map batches lazily, but `load_from_disk` pays for each
 
 
@@ -50,20 +51,19 @@ class ClipsJob:
         """Inside a folder that is surely ours, since it is removed."""
         return self.root / "claims"
 
-    def run(self, work: ClipWork) -> None:
-        """Every rank calls it with the same work. No collectives but a barrier between the two passes."""
-        self._rewrite(work.parts)
+    def run(self, parts: Sequence[Path], new: Sequence[str]) -> None:
+        """Every rank calls it with the same parts and clip ids. No collectives but a barrier between the two passes."""
+        self._rewrite(parts)
         self.state.wait_for_everyone()  # a writer tidies its folder, where another rank may have written a revision
         if self.state.is_main_process:
             take_over(self.root, self.features)
         self.state.wait_for_everyone()
-        self._encode(work.new)
+        self._encode(new)
 
     def _rewrite(self, parts: Sequence[Path]) -> None:
-        names = {f"part{number}": part for number, part in enumerate(parts)}
-        for name in self._claim(list(names), "stale parts"):
-            with PartRewriter(self.root, names[name], features=self.features, batch_bytes=_BATCH_BYTES) as writer:
-                for batch in store.batches(names[name]):
+        for part in self._claimed(parts, "stale parts"):
+            with PartRewriter(self.root, part, features=self.features, batch_bytes=_BATCH_BYTES) as writer:
+                for batch in store.batches(part):
                     for index in range(batch.num_rows):
                         row = self._refreshed(store.plain_row(batch, index))
                         if row is not None:
@@ -75,10 +75,10 @@ class ClipsJob:
         """A stored row with its stale columns encoded again; None if its clip is gone or cannot be encoded."""
         if not is_stale(stored, self.source, self.keys):
             return stored
-        number = self.source.row_of(stored["clip_id"])
-        if number is None:
+        if self.source.is_missing(stored["clip_id"]):
             logger.info("clip %s is no longer in data.clips: dropped", stored["clip_id"])
             return None
+        number = self.source.row_of(stored["clip_id"])
         clip = self.source.rows[number]
         described = self.source.describe(number, clip, self.keys)
         stale = other_keys(stored, self.keys) | {
@@ -91,25 +91,35 @@ class ClipsJob:
             return stored  # its other columns are good; it is still stale, and the next run tries again
         return None if columns is None else {**stored, **described, **columns}
 
-    def _encode(self, rows: Sequence[int]) -> None:
+    def _encode(self, clip_ids: Sequence[str]) -> None:
         with store.PartWriter(
             self.root,
             writer=f"rank{self.state.process_index}",
             features=self.features,
             batch_bytes=_BATCH_BYTES,
         ) as writer:
-            for name in self._claim(list(map(str, rows)), "clips"):
-                clip = self.source.rows[int(name)]
+            rows = self._encoded(clip_ids)
+            while True:
                 try:
-                    columns = self._columns(clip, list(self.keys))
-                except torch.OutOfMemoryError as error:
-                    self._reject(clip, error)
-                    continue
+                    row = next(rows, None)
                 except BaseException:
                     writer.flush()  # what is encoded is kept, whatever stops this rank
                     raise
-                if columns is not None:
-                    writer.write({**self.source.describe(int(name), clip, self.keys), **columns})
+                if row is None:
+                    break
+                writer.write(row)
+
+    def _encoded(self, clip_ids: Sequence[str]) -> Iterator[dict[str, Any]]:
+        for clip_id in self._claimed(clip_ids, "clips"):
+            number = self.source.row_of(clip_id)
+            clip = self.source.rows[number]
+            try:
+                columns = self._columns(clip, list(self.keys))
+            except torch.OutOfMemoryError as error:
+                self._reject(clip, error)
+                continue
+            if columns is not None:
+                yield {**self.source.describe(number, clip, self.keys), **columns}
 
     def _columns(self, clip: Mapping[str, Any], kinds: Collection[str]) -> dict[str, Any] | None:
         """The tensor columns of some kinds; None, and a line in rejected.jsonl, for a clip that cannot be encoded.
@@ -136,23 +146,10 @@ class ClipsJob:
         with self.rejected.open("a") as file:
             file.write(json.dumps({"clip_id": clip["clip_id"], "reason": str(error)}) + "\n")
 
-    def _claim(self, names: list[str], what: str) -> Iterator[str]:
-        """Yield the names that this rank gets; a claim file made by `O_EXCL` belongs to one rank.
-
-        Ranks begin far apart and take what slower ones have left, so that they seldom try the same name.
-        """
-        start = len(names) * self.state.process_index // self.state.num_processes
-        taken: set[str] = set()
-        bar = tqdm(total=len(names), desc=what, disable=not names or not self.state.is_main_process)
-        for name in names[start:] + names[:start]:
-            if name in taken:
-                continue
-            try:
-                os.close(os.open(self.claims / name, os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                taken = set(os.listdir(self.claims))
-                continue
-            if self.state.is_main_process:
-                bar.update(len(set(os.listdir(self.claims)).intersection(names)) - bar.n)  # of all ranks
-            yield name
+    def _claimed(self, items: Sequence[Item], what: str) -> Iterator[Item]:
+        """Those of the items that this rank gets; the bar of the main rank shows what all ranks have."""
+        bar = tqdm(total=len(items), desc=what, disable=not items or not self.state.is_main_process)
+        for number in Claims(self.claims, what.replace(" ", "-"), len(items)):
+            bar.update(number + 1 - bar.n)
+            yield items[number]
         bar.close()

@@ -22,10 +22,10 @@ _STORED_COLUMNS = ["clip_id", "caption_id", "fingerprint", "keys"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipWork:
-    """Rows of the clips dataset and the kinds of conditions to encode of each; parts that hold stale rows."""
+    """Clips by clip_id and the kinds of conditions to encode of each; parts that hold stale rows."""
 
-    new: tuple[int, ...]
-    stale: Mapping[int, frozenset[str]]
+    new: tuple[str, ...]
+    stale: Mapping[str, frozenset[str]]
     parts: tuple[Path, ...]
 
 
@@ -41,7 +41,7 @@ def plan_clips(source: ClipsSource, root: Path, keys: Mapping[str, str]) -> Clip
         ValueError: the folder holds clips, but none of this dataset.
     """
     done: set[str] = set()
-    stale: dict[int, frozenset[str]] = {}
+    stale: dict[str, frozenset[str]] = {}
     parts = []
     for part in store.whole_parts(root):
         rows = [row for batch in store.batches(part) for row in batch.select(_STORED_COLUMNS).to_pylist()]
@@ -49,15 +49,15 @@ def plan_clips(source: ClipsSource, root: Path, keys: Mapping[str, str]) -> Clip
         if found := [row for row in rows if is_stale(row, source, keys)]:
             parts.append(part)
             stale |= {
-                number: _kinds_to_encode(row, source, keys)
+                row["clip_id"]: _kinds_to_encode(row, source, keys)
                 for row in found
-                if (number := source.row_of(row["clip_id"])) is not None
+                if not source.is_missing(row["clip_id"])
             }
     if done and all(source.is_missing(clip_id) for clip_id in done):
         raise ValueError(
             f"{root.parent} holds conditions of other clips than data.clips: choose another data.latents folder"
         )
-    new = [row for row in source.chosen if source.clip_ids[row] not in done]
+    new = [name for row in source.chosen if (name := source.clip_ids[row]) not in done]
     return ClipWork(new=tuple(new), stale=stale, parts=tuple(parts))
 
 
@@ -135,7 +135,7 @@ def estimate(
     sizes = Counter({"text (about)": tokens * variant.dit.text_dim * STORED.itemsize})
     sizes.update(dict.fromkeys(bytes_by_column(variant, (1, 0, 0), kinds=every_kind, known_variants=known_variants), 0))
     pixels = 0
-    for shape, wanted in zip(source.shapes(list(kinds)), kinds.values()):
+    for shape, wanted in zip(source.shapes([source.row_of(name) for name in kinds]), kinds.values()):
         sizes.update(bytes_by_column(variant, shape, kinds=wanted, known_variants=known_variants))
         videos = videos_per_clip(variant, kinds=wanted, known_variants=known_variants)
         pixels += shape[0] * shape[1] * shape[2] * videos

@@ -1,12 +1,13 @@
 """The clips that are to be encoded: a clips dataset under a caption overlay and a filter."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from wan_accel.data.captions import caption_id, check_clip_ids, read_captions
+from wan_accel.data.digest import RowsDigest, digest_rows
 from wan_accel.data.fingerprint import content_hashes, fingerprints
 from wan_accel.data.rows import Row, Rows
 from wan_accel.data.schema import CLIPS_SCHEMA, LATENTS_SCHEMA
@@ -27,6 +28,7 @@ class ClipsSource:
         variant: what is to be trained.
         captions: a file of captions (`data.captions`); their texts are encoded, the rows keep their own.
         where: an expression over the small columns (`data.where`).
+        listing: the parts to read (`store.listed`), those that are listed now by default.
 
     Raises:
         StoreError, SchemaError: it is missing, damaged, or of another schema.
@@ -34,9 +36,15 @@ class ClipsSource:
     """
 
     def __init__(
-        self, root: Path, variant: Variant, *, captions: str | None = None, where: str | None = None
+        self,
+        root: Path,
+        variant: Variant,
+        *,
+        captions: str | None = None,
+        where: str | None = None,
+        listing: Sequence[str] | None = None,
     ) -> None:
-        self.rows = Rows(root, CLIPS_SCHEMA, light=_LIGHT)
+        self.rows = Rows(root, CLIPS_SCHEMA, light=_LIGHT, listing=listing)
         if variant.has_animate_adapter:
             self._refuse_driving_clips(root)
         table = self.rows.table
@@ -66,14 +74,21 @@ class ClipsSource:
     def __len__(self) -> int:
         return len(self.chosen)
 
+    @property
+    def digest(self) -> RowsDigest:
+        """Of the chosen clips, of what they are made of, and of their captions."""
+        captions = [caption_id(caption) for caption in self.captions]
+        columns = {"clip_id": self.clip_ids, "fingerprint": self._fingerprints, "caption_id": captions}
+        return digest_rows(pa.table(columns).take(self.chosen))
+
     def shapes(self, rows: list[int]) -> list[Shape]:
         """Frames, height and width of rows."""
         columns = self.rows.table.select(["num_frames", "height", "width"]).take(pa.array(rows, pa.int64()))
         return list(zip(*(column.to_pylist() for column in columns.columns)))
 
-    def row_of(self, clip_id: str) -> int | None:
-        """The row of a clip, None if the dataset does not have it."""
-        return self._row_of.get(clip_id)
+    def row_of(self, clip_id: str) -> int:
+        """The row of a clip that is not missing."""
+        return self._row_of[clip_id]
 
     def is_current(self, stored: Mapping[str, Any]) -> bool:
         """Tell whether a stored row was made of the clip as it is now; of clips that are not chosen it is."""
