@@ -177,7 +177,9 @@ def _fail_on(clip_id: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.launch
-def test_killed_run_is_finished_by_the_next(run: Run, tmp_path: Path, rows: list[dict]) -> None:
+def test_run_keeps_others_out_until_it_is_killed_and_the_next_finishes_it(
+    run: Run, tmp_path: Path, rows: list[dict], capsys: pytest.CaptureFixture[str]
+) -> None:
     write_clips(tmp_path / "clips", rows[:1])
     assert run() == 0
     root = tmp_path / "latents"
@@ -191,6 +193,11 @@ def test_killed_run_is_finished_by_the_next(run: Run, tmp_path: Path, rows: list
     try:
         while process.poll() is None and not (root / "clips" / "claims" / "clips-0").exists():
             time.sleep(0.02)
+        process.send_signal(signal.SIGSTOP)
+        assert run() == 2
+        error = capsys.readouterr().err
+        assert f"{root} is being written by another run of wan_accel.cache (process {process.pid} on " in error
+        assert run("--dry-run") == 0  # writes nothing
     finally:
         process.kill()
     assert process.wait() == -signal.SIGKILL

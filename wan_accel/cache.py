@@ -7,6 +7,7 @@ again, it encodes what is new and what is stale: other weights, other settings, 
 import logging
 import shutil
 import sys
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from accelerate import PartialState
 
 from wan_accel.cache_clips import ClipsJob
+from wan_accel.cache_lock import lone_run
 from wan_accel.cache_nulls import encode_nulls
 from wan_accel.cache_plan import GIB, ClipWork, Estimate, estimate, plan_clips, plan_texts
 from wan_accel.cache_source import ClipsSource
@@ -139,6 +141,11 @@ class Cache:
             ValueError: the output folder is another run's, the disk is full, or no clip could be encoded.
         """
         self._claim_output()
+        with ExitStack() as stack:
+            from_main_rank(lambda: stack.enter_context(lone_run(self.root)))
+            self._run()
+
+    def _run(self) -> None:
         self._clear_the_way()
         parts, new, captions = from_main_rank(self._shared_plan)
         encode_texts(
