@@ -226,6 +226,15 @@ def test_driving_clips_are_refused(
     assert not (tmp_path / "latents").exists()
 
 
+def test_a_clip_that_is_there_twice_is_refused(
+    run: Run, tmp_path: Path, rows: list[dict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_clips(tmp_path / "clips", [rows[0], rows[1], rows[0]])
+    assert run() == 2
+    assert f"has 1 clip_ids on several rows, e.g. {rows[0]['clip_id']}: `wan-preprocess" in capsys.readouterr().err
+    assert not (tmp_path / "latents").exists()
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

@@ -1,5 +1,6 @@
 """The clips that are to be encoded: a clips dataset under a caption overlay and a filter."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ class ClipsSource:
 
     Raises:
         StoreError, SchemaError: it is missing, damaged, or of another schema.
-        ValueError: it holds no clips for training this variant, or the captions or the expression do not fit it.
+        ValueError: it holds no clips for training this variant, has a clip twice, or the captions or the expression do
+            not fit it.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class ClipsSource:
             self._refuse_driving_clips(root)
         table = self.rows.table
         self.clip_ids: list[str] = table["clip_id"].to_pylist()
+        _refuse_duplicates(self.clip_ids, root)
         self._own_captions: list[str] = [caption or "" for caption in table["caption"].to_pylist()]
         self.captions = self._own_captions
         if captions is not None:
@@ -116,3 +119,13 @@ class ClipsSource:
             "content": content_hashes(clip, keys.keys()),
             **{name: clip[name] for name in ("clip_id", "num_frames", "height", "width", "fps")},
         }  # fmt: skip
+
+
+def _refuse_duplicates(clip_ids: Sequence[str], root: Path) -> None:
+    """Latents are found by clip_id: of two clips under one name the second would be encoded again in every run."""
+    twice = [name for name, count in Counter(clip_ids).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"{root} has {len(twice)} clip_ids on several rows, e.g. {twice[0]}: `wan-preprocess verify {root}` lists "
+            "them; remove one of the parts"
+        )
