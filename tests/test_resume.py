@@ -160,3 +160,7 @@ def test_retention_keeps_the_newest(tmp_path: Path) -> None:
     for step in (2, 4, 10):
         checkpoint.commit(checkpoint.start(tmp_path, step, is_main=True), manifest, keep=1, is_main=True)
     assert [path.name for path in checkpoint.complete_checkpoints(tmp_path)] == ["checkpoint-10"]
+    # A later version that needs nothing of its readers may add fields.
+    path = tmp_path / "checkpoint-10" / checkpoint.MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), "added_later": 1}))
+    assert checkpoint.read_manifest(path.parent) == manifest

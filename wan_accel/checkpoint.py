@@ -8,6 +8,7 @@ checkpoint-<step>/
   trainer_state.json  scheduler.pt  rng_state*.pth  recipe.yaml
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -80,7 +81,8 @@ def read_manifest(folder: Path) -> Manifest:
     fields = json.loads(path.read_text())
     if fields.get("format") != FORMAT:
         raise ValueError(f"{folder} has format {fields.get('format')!r}, this version reads {FORMAT!r}")
-    return Manifest(**fields)
+    known = {field.name for field in dataclasses.fields(Manifest)}  # a later version may add what we can do without
+    return Manifest(**{name: value for name, value in fields.items() if name in known})
 
 
 def other_data(folder: Path, saved: Manifest, current: Manifest) -> str | None:
