@@ -79,8 +79,9 @@ def assemble(
     they are created and filled one gathered parameter at a time; DDP and single processes hold the whole model.
 
     Raises:
-        CheckpointError, ValueError: the checkpoint, targets or degrees do not fit.
+        CheckpointError, ValueError: the checkpoint, targets or degrees do not fit, or techniques exclude each other.
     """
+    _check_compilation(techniques, engine)
     if engine == "zero3":
         return _assemble_zero3(variant, reader, techniques, dims, device)
     with torch.device("meta"):
@@ -108,6 +109,25 @@ def assemble_experts(
         for name, reader in readers.items()
     }
     return ExpertPair(experts) if len(experts) > 1 else next(iter(experts.values()))
+
+
+def _check_compilation(techniques: Techniques, engine: Engine) -> None:
+    """What `wan-accel check` says of a recipe, for those who come without one.
+
+    Raises:
+        ValueError: compiled blocks under ZeRO-3, or a budget that no compiler keeps to.
+    """
+    if techniques.compile and engine == "zero3":
+        raise ValueError(
+            "compile=True does not work under ZeRO-3, which gathers parameters inside the blocks: use FSDP2, or "
+            "compile=False"
+        )
+    policy = techniques.activation_checkpointing
+    if not techniques.compile and not isinstance(policy, str):
+        raise ValueError(
+            f"activation_checkpointing={policy} needs compile=True: it is the compiler that keeps to a budget; use "
+            "attention, full or none without it"
+        )
 
 
 def _apply(
