@@ -30,11 +30,14 @@ def test_refused_on_cpu(name: str) -> None:
 def test_refused_on_other_gpus_and_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    with pytest.raises(ValueError, match=r"flash_3 needs compute capability 9\.x, and NVIDIA A100 has 8\.x"):
+    with pytest.raises(ValueError, match=r"flash_3 needs compute capability 9\.x \(Hopper: .*NVIDIA A100 has 8\.x"):
         check_attention("flash_3", CUDA)
     with pytest.raises(ValueError, match="flash_2 needs the module flash_attn: pip install flash-attn"):
         check_attention("flash_2", CUDA)
     check_attention("cudnn", CUDA)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(ValueError, match=r"flash_attn_interface: git clone .*folder hopper python setup\.py install"):
+        check_attention("flash_3", CUDA)
 
 
 def test_flash_attention_gets_heads_last_and_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:

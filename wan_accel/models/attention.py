@@ -72,24 +72,36 @@ class FlashAttention3(FlashAttention2):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionBackend:
-    """A value of `model.attention`: its processor, and what it needs."""
+    """A value of `model.attention`: its processor, and what it needs.
+
+    capabilities: lowest and highest major compute capability. gpus: which they are. install: what to do without it.
+    """
 
     processor: type[nn.Module]
-    capabilities: tuple[int, int] = (0, 99)  # lowest and highest major compute capability
+    capabilities: tuple[int, int] = (0, 99)
+    gpus: str = ""
     needs_cuda: bool = True
     install: str = ""
 
 
+# What the packages' own READMEs say they need (Dao-AILab/flash-attention).
 ATTENTION_BACKENDS = {
     "sdpa": AttentionBackend(processor=SdpaAttention, needs_cuda=False),
-    "cudnn": AttentionBackend(processor=CudnnAttention, capabilities=(8, 99)),
+    "cudnn": AttentionBackend(processor=CudnnAttention, capabilities=(8, 99), gpus="Ampere and later"),
     "flash_2": AttentionBackend(
-        processor=FlashAttention2, capabilities=(8, 99), install="pip install flash-attn --no-build-isolation"
+        processor=FlashAttention2,
+        capabilities=(8, 99),
+        gpus="Ampere and later",
+        install="pip install flash-attn --no-build-isolation (it builds against the installed torch; CUDA 12 or later)",
     ),
     "flash_3": AttentionBackend(
         processor=FlashAttention3,
         capabilities=(9, 9),
-        install="build github.com/Dao-AILab/flash-attention, folder hopper: python setup.py install",
+        gpus="Hopper: H100, H200, H800, H20, GH200",
+        install=(
+            "git clone https://github.com/Dao-AILab/flash-attention, then in its folder hopper python setup.py install "
+            "(CUDA 12.3 or later, an hour on few cores; MAX_JOBS bounds the memory)"
+        ),
     ),
 }
 
@@ -107,8 +119,8 @@ def check_attention(name: str, device: torch.device) -> None:
     if backend.needs_cuda and not lowest <= (major := torch.cuda.get_device_capability(device)[0]) <= highest:
         wanted = f"{lowest}.x" if lowest == highest else f"{lowest}.0 or more"
         raise ValueError(
-            f"model.attention={name} needs compute capability {wanted}, and {torch.cuda.get_device_name(device)} has "
-            f"{major}.x: use sdpa"
+            f"model.attention={name} needs compute capability {wanted} ({backend.gpus}), and "
+            f"{torch.cuda.get_device_name(device)} has {major}.x: use sdpa"
         )
     module = getattr(backend.processor, "module", None)
     if module is not None and importlib.util.find_spec(module) is None:
