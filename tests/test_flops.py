@@ -1,11 +1,13 @@
 """The FLOP formula against torch's counter, and the work of ranks by it."""
 
 import dataclasses
+import logging
 import math
 from typing import Any
 
 import pytest
 import torch
+from synthetic import tiny_denoiser
 from torch.utils.flop_counter import FlopCounterMode
 
 from wan_accel.flops import PEAK_TFLOPS, Work, peak_tflops, step_flops
@@ -14,7 +16,7 @@ from wan_accel.models.denoiser import WanDenoiser
 from wan_accel.models.dit import AnimateSize, build_animate_adapter, build_dit
 from wan_accel.models.variants import VARIANTS, DitSize
 from wan_accel.step_plan import Bucket, DatasetIndex, StepPlan, imbalance
-from wan_accel.throughput import size_of
+from wan_accel.throughput import Throughput, size_of
 
 SIZE = DitSize(
     dim=96, ffn_dim=384, num_layers=6, num_heads=8, in_dim=16, out_dim=16, freq_dim=32, text_dim=16, eps=1e-6
@@ -87,7 +89,28 @@ def test_peaks() -> None:
     assert peak_tflops("NVIDIA H100 PCIe") == PEAK_TFLOPS["H100 PCIe"]
     assert peak_tflops("NVIDIA A100-SXM4-80GB") == 312.0
     assert peak_tflops("NVIDIA H200") == 989.4 and peak_tflops("NVIDIA H20") == 148.0
+    assert peak_tflops("NVIDIA GH200 480GB") == 989.4 and peak_tflops("NVIDIA H200 NVL") == 835.5
+    assert peak_tflops("NVIDIA GB200") == 2500.0 and peak_tflops("NVIDIA B200") == 2250.0
+    assert peak_tflops("NVIDIA L40S") == 362.05 and peak_tflops("NVIDIA GeForce RTX 4090") == 165.2
     assert peak_tflops("cpu") is None
+
+
+def test_an_unknown_gpu_has_no_mfu_and_the_log_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Z1")
+    counter = Throughput(tiny_denoiser("t2v-1.3b"), None, ulysses=1, device=torch.device("cuda"))
+    for _ in range(2):
+        counter.add(torch.Size((1, 16, 3, 4, 6)))
+        assert set(counter.take(1.0)) == {"tokens_per_second_per_gpu", "tflops_per_gpu"}
+    assert [line.getMessage() for line in caplog.records] == [
+        "no mfu in this run's log: NVIDIA Z1 has no row in PEAK_TFLOPS of wan_accel/flops.py"
+    ]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    known = Throughput(tiny_denoiser("t2v-1.3b"), None, ulysses=1, device=torch.device("cuda"))
+    known.add(torch.Size((1, 16, 3, 4, 6)))
+    assert "mfu" in known.take(1.0) and len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("name", ["t2v-a14b", "ti2v-5b"])

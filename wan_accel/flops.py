@@ -14,22 +14,26 @@ NUM_CLIP_TOKENS = 257
 # Animate: every fifth block is followed by a face block; a latent frame has 4 faces and the encoder's padding token.
 FACE_BLOCK_EVERY = 5
 MOTION_TOKENS_PER_FRAME = 5
-# Dense bf16 matrix products, TFLOP/s, by a part of the name that torch gives a GPU (vendors' data sheets; the longest
-# match counts). An unknown GPU has no MFU in the log: add a row.
+# Dense bf16 matrix products with fp32 sums, TFLOP/s a GPU, by a part of the name that torch gives it; the longest match
+# counts. From NVIDIA's data sheets, halved where they show sparse figures; the RTX cards' from their architecture
+# papers (appendix A: FP16 tensor TFLOPS with FP32 accumulate). An unknown GPU has no MFU in the log: add a row.
 PEAK_TFLOPS = {
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.4,
+    "GB200": 2500.0,
+    "B200": 2250.0,
     "GH200": 989.4,
     "H200": 989.4,
-    "H20": 148.0,
+    "H200 NVL": 835.5,
+    "H100": 989.4,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
     "H800": 989.4,
-    "B200": 2250.0,
+    "H20": 148.0,
     "A100": 312.0,
     "A800": 312.0,
-    "L40S": 362.0,
-    "RTX 4090": 165.2,
+    "L40S": 362.05,
     "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 4090 D": 147.0,
 }
 
 

@@ -1,11 +1,15 @@
 """Tokens per second, TFLOP/s and MFU of a rank between two log lines."""
 
+import logging
+
 import torch
 
 from wan_accel.flops import Work, peak_tflops, step_flops
 from wan_accel.lora import LoraSettings
 from wan_accel.models.denoiser import WanDenoiser
 from wan_accel.models.variants import DitSize
+
+logger = logging.getLogger(__name__)
 
 
 def size_of(model: WanDenoiser) -> DitSize:
@@ -37,6 +41,8 @@ class Throughput:
         self.ulysses = ulysses
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.peak = peak_tflops(name)
+        if self.peak is None and device.type == "cuda":
+            logger.info("no mfu in this run's log: %s has no row in PEAK_TFLOPS of wan_accel/flops.py", name)
         self.tokens = self.flops = 0.0
 
     def add(self, latents: torch.Size) -> None:
