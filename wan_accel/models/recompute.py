@@ -1,8 +1,10 @@
 """What a block keeps for its backward pass and what it computes again (`memory.activation_checkpointing`)."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -35,9 +37,18 @@ def _decide(otherwise: CheckpointPolicy, context: Any, operator: Any, *args: Any
     return CheckpointPolicy.MUST_SAVE if is_saved(operator) else otherwise
 
 
-# The rest is recomputed, or left to the compiler, which saves what fits its budget.
-save_attention = partial(_decide, CheckpointPolicy.PREFER_RECOMPUTE)
-save_within_budget = partial(_decide, CheckpointPolicy.PREFER_SAVE)
+def _contexts(otherwise: CheckpointPolicy) -> Callable[[], tuple[Any, Any]]:
+    """Selective checkpointing's contexts: what `is_saved` names is kept, the rest as `otherwise` says.
+
+    torch caches a compiled graph on disk, for the next start, only if it can tell that the contexts are the same: by
+    their `cache_hash` (torch 2.11 and later). This file is all that they depend on.
+    """
+    contexts: Any = partial(create_selective_checkpoint_contexts, partial(_decide, otherwise))
+    contexts.cache_hash = f"{otherwise.name} {_SOURCE_HASH}"
+    return contexts
+
+
+_SOURCE_HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +62,7 @@ class Recompute:
 
 _POLICIES = {
     "full": Recompute(),
-    "attention": Recompute(contexts=partial(create_selective_checkpoint_contexts, save_attention)),
+    "attention": Recompute(contexts=_contexts(CheckpointPolicy.PREFER_RECOMPUTE)),
     "none": Recompute(checkpointing=False),
 }
 
@@ -72,4 +83,5 @@ def recompute_of(policy: Policy | float) -> Recompute:
         raise ValueError(
             f"memory.activation_checkpointing={policy}: a budget lies between 0 and 1; use full or none at the ends"
         )
-    return Recompute(contexts=partial(create_selective_checkpoint_contexts, save_within_budget), budget=policy)
+    # PREFER_SAVE: the compiler saves what fits its budget.
+    return Recompute(contexts=_contexts(CheckpointPolicy.PREFER_SAVE), budget=policy)
