@@ -32,13 +32,13 @@ def test_the_mode_notices() -> None:
         torch.tensor([1.0])
 
 
-@pytest.mark.parametrize("variant", ["t2v-1.3b", "animate-14b"])
+@pytest.mark.parametrize("variant", ["t2v-1.3b", "ti2v-5b", "animate-14b"])
 def test_a_step_reads_nothing_on_the_host(variant: str, tmp_path: Path) -> None:
     args = WanTrainingArguments(
         output_dir=str(tmp_path), max_steps=2, use_cpu=True, global_batch=GLOBAL_BATCH, weighting="bell"
     )  # fmt: skip
     source = SyntheticSource(variant)
-    plan = plan_for(source)
+    plan = plan_for(source, image_dropout=0.5)  # ti2v: samples with a known first frame and without, two timesteps each
     trainer = WanTrainer(tiny_denoiser(variant), args, source, plan, variant=VARIANTS[variant])
     trainer._prepare_for_training(2, trainer.get_train_dataloader(), None)
     dataset = StepDataset(source, plan, data_rank=0, num_data_ranks=1)
