@@ -50,7 +50,9 @@ class TokenSpan:
     def to_frames(self, x: Tensor) -> Tensor:
         """(B, length, H, D) -> (B, num_frames, tokens_per_frame, H, D), zeros around the span."""
         back = self.num_frames * self.tokens_per_frame - self._front - self.length
-        return F.pad(x, (0, 0, 0, 0, self._front, back)).unflatten(1, (self.num_frames, self.tokens_per_frame))
+        if self._front or back:  # F.pad copies even where it adds nothing
+            x = F.pad(x, (0, 0, 0, 0, self._front, back))
+        return x.unflatten(1, (self.num_frames, self.tokens_per_frame))
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """The inverse of `to_frames`."""
@@ -160,10 +162,12 @@ class UlyssesAttention(nn.Module):
         """q, k, v (B, l, H*D) -> (B, l, H*D)."""
         size, group = self.parallel.size, self.parallel.group_name
         length = q.shape[1]
-        qkv = torch.stack((q, k, v)).unflatten(-1, (size, -1))  # (3, B, l, P, H/P*D)
-        qkv = exchange_chunks(qkv.movedim(3, 0).contiguous(), group)  # (P: tokens, 3, B, l, H/P*D)
+        # Chunks first, so that stacking is the only copy.
+        by_rank = [x.unflatten(-1, (size, -1)).movedim(2, 0) for x in (q, k, v)]  # (P, B, l, H/P*D) each
+        qkv = exchange_chunks(torch.stack(by_rank, dim=1).contiguous(), group)  # (P: tokens, 3, B, l, H/P*D)
         qkv = qkv.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : self.num_tokens]  # (3, B, L, H/P*D)
         out = self.inner(*qkv.unbind(0))
-        out = F.pad(out, (0, 0, 0, size * length - self.num_tokens)).unflatten(1, (size, length))
+        missing = size * length - self.num_tokens
+        out = (F.pad(out, (0, 0, 0, missing)) if missing else out).unflatten(1, (size, length))
         out = exchange_chunks(out.transpose(0, 1).contiguous(), group)  # (P: heads, B, l, H/P*D)
         return out.permute(1, 2, 0, 3).flatten(2)
