@@ -15,7 +15,8 @@ from tiny_clips import clip_row, write_clips
 from wan_accel import cache, cache_clips, cache_texts
 from wan_accel.data import store
 from wan_accel.data.captions import caption_id
-from wan_accel.data.latents import LatentsDataset, LatentsError, cell_to_tensor
+from wan_accel.data.cells import LatentsError, cell_to_tensor
+from wan_accel.data.latents import LatentsDataset
 from wan_accel.data.schema import LATENTS_SCHEMA
 from wan_accel.models.checkpoint_files import condition_keys
 from wan_accel.models.conditioning import clips as conditioning

@@ -19,8 +19,9 @@ from tiny_clips import clip_row, write_clips
 
 from wan_accel import cache, sources, train
 from wan_accel.data import store
+from wan_accel.data.cells import LatentsError, cell_to_tensor
 from wan_accel.data.digest import digest_rows
-from wan_accel.data.latents import LatentsDataset, LatentsError, cell_to_tensor
+from wan_accel.data.latents import LatentsDataset
 from wan_accel.data.mixture import MixedLatents
 from wan_accel.data.schema import LATENTS_SCHEMA, clips_features, latents_features, null_features
 from wan_accel.models.variants import get_variant

@@ -8,7 +8,8 @@ from torch import Tensor
 from wan_accel.cache_source import Shape
 from wan_accel.data import store
 from wan_accel.data.captions import caption_id
-from wan_accel.data.latents import bucket_key, cell_to_tensor, tensor_to_cell
+from wan_accel.data.cells import cell_to_tensor, tensor_to_cell
+from wan_accel.data.nulls import bucket_key
 from wan_accel.data.revisions import PartRewriter, take_over
 from wan_accel.data.rows import Rows
 from wan_accel.data.schema import LATENTS_SCHEMA, NULL_KINDS, null_features

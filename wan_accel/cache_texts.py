@@ -8,7 +8,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from wan_accel.data import store
-from wan_accel.data.latents import tensor_to_cell
+from wan_accel.data.cells import tensor_to_cell
 from wan_accel.data.revisions import PartRewriter, take_over
 from wan_accel.data.schema import LATENTS_SCHEMA, text_features
 from wan_accel.models.conditioning.clips import STORED

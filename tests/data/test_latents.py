@@ -10,8 +10,9 @@ from tiny_clips import clip_row, write_clips
 from wan_accel.cache import main
 from wan_accel.data import store
 from wan_accel.data.captions import caption_id
+from wan_accel.data.cells import LatentsError, cell_to_tensor, tensor_to_cell
 from wan_accel.data.collate import StepDataset, collate
-from wan_accel.data.latents import LatentsDataset, LatentsError, cell_to_tensor, tensor_to_cell
+from wan_accel.data.latents import LatentsDataset
 from wan_accel.data.schema import LATENTS_SCHEMA, null_features
 from wan_accel.models.loading import load_wan
 from wan_accel.step_plan import NO_KNOWN, Bucket, SampleDraw, StepPlan
@@ -192,6 +193,36 @@ def test_stale_keys_are_named(dataset: LatentsDataset) -> None:
     dataset.check_keys(keys)
     with pytest.raises(LatentsError, match="face, video was encoded with other weights or settings than this recipe's"):
         dataset.check_keys(keys | {"video": "0", "face": "1"})
+
+
+@pytest.mark.parametrize(("part", "named"), [("text", "text"), ("clips", "known, video"), ("null", "face")])
+def test_rows_of_an_interrupted_run_are_not_mixed(
+    dataset: LatentsDataset, latents: Path, tmp_path: Path, part: str, named: str
+) -> None:
+    """With a checkpoint that lacks the encoders nothing tells which rows are right, so all have to be of one."""
+    for other in {"clips", "text", "null"} - {part}:
+        (tmp_path / other).symlink_to(latents / other)
+    rows = store.load(latents / part, LATENTS_SCHEMA)
+    with store.PartWriter(tmp_path / part, writer="rank0", features=rows.features) as writer:
+        for number, row in enumerate(rows):
+            if part == "text":
+                writer.write(row | {"key": "0", "embeddings": tensor_to_cell(torch.zeros(1, 64))})
+                writer.write(row)
+            elif part == "clips":
+                writer.write(row | {"keys": row["keys"] | {"video": str(min(number, 1)), "known": str(min(number, 1))}})
+            else:
+                writer.write(row | ({"key": "0"} if row["kind"] == "face" else {}))
+    mixed = LatentsDataset(tmp_path)
+    message = rf": {named} is in part of other weights or settings than the rest, since a run of wan_accel\.cache has"
+    for use in (lambda: mixed.check_keys({}), lambda: mixed.keys, lambda: mixed.sample(0, draw())):
+        with pytest.raises(LatentsError, match=message):
+            use()
+    if part == "text":  # the recipe's encoder tells which are right
+        mixed.check_keys(dataset.keys)
+        assert mixed.keys == dataset.keys
+        assert torch.equal(mixed.sample(1, draw(1))["text"], dataset.sample(1, draw(1))["text"])
+        with pytest.raises(LatentsError, match="text was encoded with other weights"):
+            mixed.check_keys(dataset.keys | {"text": "1"})
 
 
 def test_clips_without_their_texts(latents: Path, tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import torch
 from tiny_clips import clip_row, write_clips
 
 from wan_accel import cache, train
+from wan_accel.data.cells import LatentsError
 from wan_accel.data.clips import load_clip
 from wan_accel.data.collate import collate
-from wan_accel.data.latents import LatentsDataset, LatentsError
+from wan_accel.data.latents import LatentsDataset
 from wan_accel.data.live import LiveSource, horizontal_flip, load_hook
 from wan_accel.models.conditioning.animate import GUIDANCE_FRAMES, to_pixels
 from wan_accel.models.conditioning.live import LiveEncoder

@@ -9,8 +9,8 @@ import torch
 from diffsynth.pipelines.wan_video import WanVideoUnit_AnimateVideoSplit
 from tiny_clips import clip_row
 
+from wan_accel.data.cells import cell_to_tensor
 from wan_accel.data.clips import Clip, load_clip
-from wan_accel.data.latents import cell_to_tensor
 from wan_accel.data.skeleton import draw_poses
 from wan_accel.models.conditioning.animate import KnownVariant, grow_mask, known_mask, known_pixels, to_pixels
 from wan_accel.models.conditioning.clips import ClipEncoder

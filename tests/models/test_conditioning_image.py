@@ -21,8 +21,8 @@ from oracle import precise, randomise
 from PIL import Image
 from tiny_clips import clip_row
 
+from wan_accel.data.cells import cell_to_tensor
 from wan_accel.data.clips import Clip, load_clip
-from wan_accel.data.latents import cell_to_tensor
 from wan_accel.models.checkpoint_files import encoder_files
 from wan_accel.models.conditioning.clips import ClipEncoder
 from wan_accel.models.conditioning.image import first_frame_pixels, join_first_frame, unknown_frames

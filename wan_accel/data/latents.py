@@ -1,67 +1,34 @@
-"""Cached conditions: tensors in cells of a row, and the dataset that training draws from.
+"""The dataset of cached conditions that training draws from.
 
 <root>/clips   a row a clip: latents and conditions
 <root>/text    a row a distinct caption
 <root>/null    what dropout and plain animation need
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from wan_accel.data import store
 from wan_accel.data.captions import caption_id
+from wan_accel.data.cells import LatentsError, cell_to_tensor
+from wan_accel.data.conditions import check_shape, inputs_of
 from wan_accel.data.digest import RowsDigest, digest_rows
+from wan_accel.data.nulls import Nulls, bucket_key
 from wan_accel.data.rows import Row, Rows
-from wan_accel.data.schema import KINDS, LATENTS_SCHEMA, NULL_KINDS
+from wan_accel.data.schema import KINDS, LATENTS_SCHEMA
 from wan_accel.data.selection import choose_rows
-from wan_accel.models.conditioning.animate import NUM_MASK_CHANNELS, join_condition
-from wan_accel.models.conditioning.image import join_first_frame
+from wan_accel.data.texts import Texts
 from wan_accel.models.variants import Variant
-from wan_accel.step_plan import NO_KNOWN, Bucket, DatasetIndex, SampleDraw
+from wan_accel.step_plan import Bucket, DatasetIndex, SampleDraw
 
 _LIGHT = ("clip_id", "num_frames", "height", "width", "num_known", "source_sha256", "caption_id", "keys")
 _TELLING = ["clip_id", "num_frames", "height", "width", "num_known", "source_sha256"]
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
-
-
-class LatentsError(store.StoreError):
-    """Cached conditions that cannot be trained on: what is missing or stale, and what to do."""
-
-
-def tensor_to_cell(tensor: Tensor) -> dict[str, Any]:
-    """A tensor as {dtype, shape, data}; bfloat16 bit for bit."""
-    tensor = tensor.detach().cpu().contiguous()
-    return {
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "shape": list(tensor.shape),
-        "data": tensor.reshape(-1).view(torch.uint8).numpy().tobytes(),
-    }
-
-
-def cell_to_tensor(cell: Mapping[str, Any]) -> Tensor:
-    """The inverse of `tensor_to_cell`.
-
-    Raises:
-        ValueError: the cell's bytes do not have the length that its shape says.
-    """
-    dtype, shape = _DTYPES[cell["dtype"]], [int(n) for n in cell["shape"]]
-    data = bytearray(cell["data"])
-    if len(data) != int(np.prod(shape)) * dtype.itemsize:
-        raise ValueError(f"a tensor cell has {len(data)} bytes, expected shape {shape} of {cell['dtype']}")
-    return torch.frombuffer(data, dtype=dtype).reshape(shape)
-
-
-def bucket_key(num_frames: int, height: int, width: int) -> str:
-    """The shape key of the null dataset, e.g. 21x448x256."""
-    return f"{num_frames}x{height}x{width}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,63 +83,46 @@ class LatentsDataset:
         light = _LIGHT if where is None else (*_LIGHT, "caption", "fps", "modes", "quality")
         listing = list_parts(self.root) if listing is None else listing
         self._clips = Rows(self.root / "clips", LATENTS_SCHEMA, light=light, listing=listing["clips"])
-        self._text = Rows(
-            self.root / "text", LATENTS_SCHEMA, light=("caption_id", "key"), listing=listing["text"]
-        )
-        self._null_keys: dict[tuple[str, str], str] = {}
-        self._null = self._load_null()
-        self._stored = np.arange(len(self._clips))  # the row in the folder of each of ours
-        self.clip_ids: list[str] = self._clips.table["clip_id"].to_pylist()
+        self._texts = Texts(self.root, overlaid=bool(self._captions), listing=listing["text"])
+        self._nulls = Nulls(self.root)
+        self._table = self._clips.table
+        self._stored: np.ndarray | None = None  # the row in the folder of each of ours; None: all of them
         if where is not None:
             self._choose(where)
-        self._table = self._clips.table.take(self._stored)
         self._caption_ids = self._caption_ids_of_rows()
         # With an overlay only when they are asked for: whether it fits is told by the ids of all folders of a mixture.
-        self._found_texts = self._find_texts(key=None) if not self._captions else None
+        if not self._captions:
+            self._texts.check(self._caption_ids)
+        self._text_key: str | None = None
+        self._text_rows: np.ndarray | None = None
 
     def _choose(self, where: str) -> None:
-        table = self._clips.table
-        captions = [self._captions.get(*item) for item in zip(self.clip_ids, table["caption"].to_pylist())]
-        self._stored = np.array(choose_rows(table, captions, where), dtype=np.int64)
+        captions = [self._captions.get(*item) for item in zip(self.clip_ids, self._table["caption"].to_pylist())]
+        self._stored = np.array(choose_rows(self._table, captions, where), dtype=np.int64)
         if len(self._stored) == 0:
             raise LatentsError(f"data.where={where!r} holds for no row of {self.root}: loosen it")
-        self.clip_ids = [self.clip_ids[row] for row in self._stored]
+        # Captions of a million rows are hundreds of MB, and only the choice had to know them.
+        kept = [name for name in self._table.column_names if name.split(".")[0] in _LIGHT]
+        self._table = self._table.select(kept).take(self._stored)
+        self._clips.table = self._clips.table.select(["clip_id"])
 
     def _caption_ids_of_rows(self) -> pa.Array:
-        own = self._table["caption_id"].to_pylist()
+        own = self._table["caption_id"].combine_chunks()
         if not self._captions:
-            return pa.array(own)
+            return own
         overlay = {name: caption_id(caption) for name, caption in self._captions.items()}
-        return pa.array([overlay.get(name, found) for name, found in zip(self.clip_ids, own)])
-
-    @property
-    def _text_rows(self) -> np.ndarray:
-        if self._found_texts is None:
-            self._found_texts = self._find_texts(key=None)
-        return self._found_texts
-
-    def _find_texts(self, key: str | None) -> np.ndarray:
-        """The text row of every row. While texts are encoded anew old ones are there too: `key` tells which."""
-        table = self._text.table
-        rows = np.flatnonzero(pc.equal(table["key"], key).to_numpy()) if key is not None else np.arange(len(table))
-        found = pc.index_in(self._caption_ids, value_set=table["caption_id"].take(rows).combine_chunks())
-        if found.null_count:
-            if key is not None:
-                self._find_texts(key=None)  # raises where a text is missing altogether
-                raise self._stale(["text"])
-            raise LatentsError(
-                f"{self.root} has no text for {len(found.filter(found.is_null()))} clips: run wan_accel.cache on it "
-                "again" + (", with the same data.captions" if self._captions else "")
-            )
-        return rows[found.to_numpy()]
-
-    def _load_null(self) -> dict[tuple[str, str], Tensor]:
-        rows = store.load(self.root / "null", LATENTS_SCHEMA)
-        self._null_keys = {(row["kind"], row["shape"]): row["key"] for row in rows}
-        return {(row["kind"], row["shape"]): cell_to_tensor(row["tensor"]) for row in rows}
+        return pa.array([overlay.get(name, found) for name, found in zip(self.clip_ids, own.to_pylist())])
 
     def __len__(self) -> int:
-        return len(self._stored)
+        return len(self._table)
+
+    def _row(self, index: int) -> Row:
+        return self._clips[index if self._stored is None else int(self._stored[index])]
+
+    @property
+    def clip_ids(self) -> list[str]:
+        """Names of the clips, in order."""
+        return self._table["clip_id"].to_pylist()
 
     @property
     def all_clip_ids(self) -> list[str]:
@@ -189,13 +139,6 @@ class LatentsDataset:
         """Of everything that the order of samples and their texts depend on."""
         return digest_rows(self._table.select(_TELLING).append_column("caption_id", self._caption_ids))
 
-    @property
-    def keys(self) -> dict[str, str]:
-        """What each kind of condition was made with (`condition_keys`), of the first row."""
-        clips = {kind: self._table[f"keys.{kind}"][0].as_py() for kind in KINDS}
-        text = self._text.table["key"][int(self._text_rows[0])].as_py()
-        return {kind: key for kind, key in (clips | {"text": text}).items() if key is not None}
-
     def index(self) -> DatasetIndex:
         """Buckets and known-variant counts for the step plan."""
         shapes = zip(*(self._table[name].to_pylist() for name in ("num_frames", "height", "width")))
@@ -204,34 +147,53 @@ class LatentsDataset:
             num_known=tuple(count or 0 for count in self._table["num_known"].to_pylist()),
         )
 
+    @property
+    def keys(self) -> dict[str, str]:
+        """What each kind of condition was made with (`condition_keys`).
+
+        Raises:
+            LatentsError: rows differ in it.
+        """
+        self._check_uniform(KINDS)
+        return {kind: key for kind in KINDS for key in self._keys_of(kind)}
+
+    def _keys_of(self, kind: str) -> set[str]:
+        """Those of every row that is of a kind or stands in for it."""
+        clips = set(self._table[f"keys.{kind}"].unique().to_pylist()) - {None}
+        texts = (self._texts.keys if self._text_key is None else {self._text_key}) if kind == "text" else set()
+        return clips | self._nulls.keys_of(kind) | texts
+
     def check_keys(self, expected: Mapping[str, str]) -> None:
         """Refuse to train on conditions that other weights or settings made.
 
         Args:
-            expected: keys by kind (`condition_keys`); kinds that are left out are not compared.
+            expected: keys by kind (`condition_keys`). Of kinds that are left out, since the checkpoint does not have
+                their encoders, all rows must have the same key.
 
         Raises:
-            LatentsError: names the fields, and how to encode again.
+            LatentsError: names the kinds, and how to encode again.
         """
-        stale = [
-            kind
-            for kind, key in expected.items()
-            if kind != "text" and set(self._table[f"keys.{kind}"].unique().to_pylist()) - {None, key}
-        ]
-        for (name, _), key in self._null_keys.items():
-            kind = NULL_KINDS[name]
-            if kind in expected and key != expected[kind]:
-                stale.append(kind)
-        if stale:
+        self._text_key = expected.get("text")  # old texts are there too while they are encoded anew
+        if stale := [kind for kind, key in expected.items() if self._keys_of(kind) - {key}]:
             raise self._stale(stale)
-        if "text" in expected:
-            self._found_texts = self._find_texts(expected["text"])
+        self._check_uniform([kind for kind in KINDS if kind not in expected])
+        (self._text_key,) = self._keys_of("text")
+        self._text_rows = self._texts.find(self._caption_ids, key=self._text_key)
+        if self._text_rows is None:
+            raise self._stale(["text"])
 
     def _stale(self, kinds: Sequence[str]) -> LatentsError:
         return LatentsError(
             f"{self.root}: {', '.join(sorted(set(kinds)))} was encoded with other weights or settings than this "
             "recipe's: run wan_accel.cache with this recipe, which encodes only that again"
         )
+
+    def _check_uniform(self, kinds: Collection[str]) -> None:
+        if mixed := [kind for kind in kinds if len(self._keys_of(kind)) > 1]:
+            raise LatentsError(
+                f"{self.root}: {', '.join(sorted(mixed))} is in part of other weights or settings than the rest, since "
+                "a run of wan_accel.cache has not come to its end: run it again with a checkpoint that has the encoders"
+            )
 
     def check_nulls(self, *, caption_dropout: float, face_dropout: float) -> None:
         """Refuse dropouts, and clips of which nothing may be known, without the null rows that stand in for them.
@@ -242,51 +204,35 @@ class LatentsDataset:
         needs = {("empty_prompt", ""): f"data.caption_dropout={caption_dropout}"} if caption_dropout else {}
         if face_dropout:
             needs["face", ""] = f"data.face_dropout={face_dropout}"
-        if self._has_known:
+        if self._table["keys.known"].null_count < len(self._table):
             for bucket in sorted(set(self.index().buckets)):
                 needs["animation_known", bucket_key(*bucket)] = f"clips of {bucket_key(*bucket)}"
-        missing = [f"{kind} {shape}".strip() + f" ({why})" for (kind, shape), why in needs.items()
-                   if (kind, shape) not in self._null]  # fmt: skip
-        if missing:
-            raise LatentsError(
-                f"{self.root}/null has no {'; no '.join(missing)}: run wan_accel.cache on it again, or set the dropout "
-                "to 0"
-            )
-
-    @property
-    def _has_known(self) -> bool:
-        return self._table["keys.known"].null_count < len(self._table)
+        self._nulls.check(needs)
 
     def sample(self, index: int, draw: SampleDraw) -> dict[str, Tensor]:
-        """The denoiser's inputs for one draw, without a batch dim.
-
-        For Animate, frame 0 of `latents` and `condition` is the reference slot.
+        """The denoiser's inputs for one draw, without a batch dim; see `inputs_of`.
 
         Raises:
             LatentsError: the draw needs a null row that was not cached, or the row's latents contradict its bucket.
         """
-        row = self._clips[int(self._stored[index])]
+        row = self._row(index)
         latents = cell_to_tensor(row["latents"])
-        self._check_shape(row, index, latents)
-        sample = {"text": self._text_of(index, draw)}
-        if row.get("image_latents") is not None:
-            sample["condition"] = join_first_frame(cell_to_tensor(row["image_latents"]))
-        if row["clip_features"] is not None:
-            sample["clip_features"] = cell_to_tensor(row["clip_features"])
-        if row["reference_latents"] is not None:
-            reference = cell_to_tensor(row["reference_latents"])
-            sample |= {
-                "condition": self._condition(row, draw, reference),
-                "pose_latents": cell_to_tensor(row["pose_latents"]),
-                "motion_vectors": self._motion_of(row, draw),
-            }
-            latents = torch.cat([reference, latents], dim=1)
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(draw.noise_seed))
-        return {"latents": latents, "noise": noise, **sample}
+        if self.variant is not None:
+            check_shape(row, latents, self.variant, f"{self.root}: clip {row['clip_id']} (row {index})")
+        text = self._nulls.get("empty_prompt") if draw.drop_caption else self._text_of(index)
+        inputs = inputs_of(row, latents, draw, self._nulls)
+        generator = torch.Generator().manual_seed(draw.noise_seed)
+        return {**inputs, "text": text, "noise": torch.randn(inputs["latents"].shape, generator=generator)}
+
+    def _text_of(self, index: int) -> Tensor:
+        if self._text_rows is None:
+            self.check_keys({})
+        assert self._text_rows is not None
+        return self._texts.embeddings(int(self._text_rows[index]))
 
     def clip_info(self, index: int) -> ClipInfo:
         """What to call the clip of a row."""
-        row = self._clips[int(self._stored[index])]
+        row = self._row(index)
         caption = self._captions.get(row["clip_id"], row["caption"])
         return ClipInfo(clip_id=row["clip_id"], caption=caption, fps=float(row["fps"]))
 
@@ -297,49 +243,7 @@ class LatentsDataset:
             LatentsError: a null row was not cached.
         """
         batch = len(inputs["text"])
-        changed = {"text": self._null_of("negative_prompt", "").expand(batch, -1, -1)}
+        changed = {"text": self._nulls.get("negative_prompt").expand(batch, -1, -1)}
         if "motion_vectors" in inputs:
-            changed["motion_vectors"] = self._null_of("face", "").expand(inputs["motion_vectors"].shape).clone()
+            changed["motion_vectors"] = self._nulls.get("face").expand(inputs["motion_vectors"].shape).clone()
         return {**inputs, **changed}
-
-    def _check_shape(self, row: Row, index: int, latents: Tensor) -> None:
-        if self.variant is None:
-            return
-        frames, height, width = row["num_frames"], row["height"], row["width"]
-        (stride_t, stride_h, stride_w), channels = self.variant.vae.stride, self.variant.vae.latent_channels
-        expected = (channels, (frames - 1) // stride_t + 1, height // stride_h, width // stride_w)
-        if tuple(latents.shape) != expected:
-            raise LatentsError(
-                f"{self.root}: clip {row['clip_id']} (row {index}) has latents {tuple(latents.shape)}, but its bucket "
-                f"of {frames} frames of {height}x{width} needs {expected}: its row was written by something else; "
-                "encode into a new data.latents folder"
-            )
-
-    def _text_of(self, index: int, draw: SampleDraw) -> Tensor:
-        if draw.drop_caption:
-            return self._null_of("empty_prompt", "")
-        return cell_to_tensor(self._text[int(self._text_rows[index])]["embeddings"])
-
-    def _motion_of(self, row: Row, draw: SampleDraw) -> Tensor:
-        motion = cell_to_tensor(row["motion_vectors"])
-        return self._null_of("face", "").expand(len(motion), -1).clone() if draw.drop_face else motion
-
-    def _condition(self, row: Row, draw: SampleDraw, reference: Tensor) -> Tensor:
-        shape = row["num_frames"], row["height"], row["width"]
-        known = row.item("known", draw.known) if draw.known != NO_KNOWN else None
-        if known is None or known["latents"] is None:
-            latents = self._null_of("animation_known", bucket_key(*shape))
-            mask = latents.new_zeros(NUM_MASK_CHANNELS, *latents.shape[1:])
-            return join_condition(reference, mask, latents)
-        latents = cell_to_tensor(known["latents"])
-        mask_shape = (NUM_MASK_CHANNELS, *latents.shape[1:])
-        bits = np.unpackbits(np.frombuffer(known["mask_bits"], dtype=np.uint8), count=int(np.prod(mask_shape)))
-        return join_condition(reference, torch.from_numpy(bits).reshape(mask_shape), latents)
-
-    def _null_of(self, kind: str, shape: str) -> Tensor:
-        if (kind, shape) not in self._null:
-            raise LatentsError(
-                f"{self.root}/null has no {kind} {shape}".rstrip() + ": run wan_accel.cache on it again, or set the "
-                "dropout that needs it to 0"
-            )
-        return self._null[kind, shape]

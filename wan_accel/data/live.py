@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wan_accel.data.cells import LatentsError
 from wan_accel.data.clips import Clip, load_clip
-from wan_accel.data.latents import LatentsDataset, LatentsError
+from wan_accel.data.latents import LatentsDataset
 from wan_accel.data.rows import Rows
 from wan_accel.data.schema import CLIPS_SCHEMA
 from wan_accel.models.conditioning.animate import KnownVariant, draw_known_variant, grow_mask, known_mask

@@ -7,8 +7,9 @@ from itertools import accumulate
 import numpy as np
 from torch import Tensor
 
+from wan_accel.data.cells import LatentsError
 from wan_accel.data.digest import RowsDigest, join_digests
-from wan_accel.data.latents import ClipInfo, LatentsDataset, LatentsError
+from wan_accel.data.latents import ClipInfo, LatentsDataset
 from wan_accel.step_plan import DatasetIndex, SampleDraw, shuffled
 
 

@@ -11,8 +11,8 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from wan_accel.data.cells import tensor_to_cell
 from wan_accel.data.clips import Clip
-from wan_accel.data.latents import tensor_to_cell
 from wan_accel.data.skeleton import draw_poses
 from wan_accel.models.conditioning.animate import (
     KnownVariant,
