@@ -9,6 +9,7 @@ from typing import Any
 import xxhash
 
 _COLUMNS = ("clip_id", "caption")
+_ENCODING = "utf-8-sig"  # Excel and PowerShell begin a file with a byte order mark
 
 
 def caption_id(caption: str) -> str:
@@ -29,7 +30,7 @@ def read_captions(path: Path) -> dict[str, str]:
         raise ValueError(f"data.captions={path} does not exist: give a file with clip_id and caption of each clip")
     try:
         rows = _READERS[path.suffix](path)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, csv.Error) as error:
         raise ValueError(f"data.captions={path} cannot be read ({error})") from None
     captions: dict[str, str] = {}
     for number, row in enumerate(rows, 1):
@@ -57,11 +58,13 @@ def check_clip_ids(captions: Mapping[str, str], clip_ids: Iterable[str], path: s
 
 
 def _read_jsonl(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    # Not `splitlines`: JSON may have U+2028 and its like inside a caption, where they end no line.
+    with path.open(encoding=_ENCODING) as file:
+        return [json.loads(line) for line in file if line.strip()]
 
 
 def _read_json(path: Path) -> list[Any]:
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding=_ENCODING))
     if isinstance(content, Mapping):
         return [dict(zip(_COLUMNS, item)) for item in content.items()]
     if not isinstance(content, list):
@@ -70,7 +73,7 @@ def _read_json(path: Path) -> list[Any]:
 
 
 def _read_csv(path: Path) -> list[Any]:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding=_ENCODING) as file:
         return list(csv.DictReader(file))
 
 
