@@ -1,5 +1,6 @@
 """umT5 split over two ranks: equal outputs, half the parameters each, also after use."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,12 @@ from tiny_clips import clip_row, write_clips
 
 from wan_accel import cache
 from wan_accel.data import store
-from wan_accel.data.latents import LatentsDataset, cell_to_tensor
+from wan_accel.data.cells import cell_to_tensor
+from wan_accel.data.latents import LatentsDataset
 from wan_accel.data.schema import LATENTS_SCHEMA
 from wan_accel.models.encoders import load_text_encoder
+from wan_accel.models.loading import CheckpointError
+from wan_accel.models.variants import TEXT_ENCODER_FILE, TOKENIZER_FOLDER
 from wan_accel.parallel.fsdp import num_local_elements
 from wan_accel.parallel.sharded_text import load_sharded_text_encoder
 from wan_accel.tiny import init_tiny
@@ -48,6 +52,23 @@ def test_no_rank_holds_all_parameters(checkpoint: Path) -> None:
         assert before == after <= 0.51 * total
         held += before
     assert held == total
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("token_embedding.weight", f"{TEXT_ENCODER_FILE} has no tensor token_embedding.weight: it is not the file of"),
+        ("blocks.0.norm1.weight", r"does not fit the model \(1 tensors\).*\n  missing blocks\.0\.norm1\.weight"),
+    ],
+)
+def test_missing_tensors_are_named(checkpoint: Path, tmp_path: Path, name: str, message: str) -> None:
+    """Before anything collective, whether they show a size or not."""
+    shutil.copytree(checkpoint / TOKENIZER_FOLDER, tmp_path / TOKENIZER_FOLDER)
+    state = torch.load(checkpoint / TEXT_ENCODER_FILE, weights_only=True)
+    del state[name]
+    torch.save(state, tmp_path / TEXT_ENCODER_FILE)
+    with pytest.raises(CheckpointError, match=message):
+        load_sharded_text_encoder(tmp_path)
 
 
 def cache_rank(recipe: str) -> int:

@@ -6,6 +6,7 @@ Shapes: B batch, T video frames, F latent frames, H x W pixels, h x w latents, L
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from wan_accel.models.variants import (
     Variant,
 )
 
+Network = TypeVar("Network", bound=nn.Module)
 # Statistics of CLIP's training pictures, RGB in [0, 1].
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -243,14 +245,23 @@ def _load(
     """Build what the shapes of a file describe, and fill it. Names without `prefix` are left alone."""
     state = {name[len(prefix) :]: t for name, t in read_encoder(path).items() if name.startswith(prefix)}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    try:
-        with torch.device("meta"):
-            model = build(shapes)
-    except KeyError as missing:
-        raise CheckpointError(
-            f"{path} has no tensor {prefix}{missing.args[0]}: it is not the file of that name in a Wan checkpoint"
-        ) from None
+    model = build_skeleton(path, build, shapes, prefix=prefix)
     wanted = {prefix + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     compare_tensors(wanted, {prefix + name: shape for name, shape in shapes.items()}, path)
     model.load_state_dict(state, assign=True)
     return model.to(device=device, dtype=torch_dtype).eval().requires_grad_(False)
+
+
+def build_skeleton(path: Path, build: Callable[[Shapes], Network], shapes: Shapes, *, prefix: str = "") -> Network:
+    """Build what the shapes of a file describe, on the meta device; `prefix` is what their names lack.
+
+    Raises:
+        CheckpointError: a tensor that fixes a size is missing.
+    """
+    try:
+        with torch.device("meta"):
+            return build(shapes)
+    except KeyError as missing:
+        raise CheckpointError(
+            f"{path} has no tensor {prefix}{missing.args[0]}: it is not the file of that name in a Wan checkpoint"
+        ) from None

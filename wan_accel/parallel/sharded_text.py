@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from wan_accel.models.checkpoint_files import read_encoder
 from wan_accel.models.encoder_sizes import build_text_encoder
-from wan_accel.models.encoders import TextEncoder, load_tokenizer
+from wan_accel.models.encoders import TextEncoder, build_skeleton, load_tokenizer
 from wan_accel.models.loading import compare_tensors, local_rows
 from wan_accel.models.variants import TEXT_ENCODER_FILE
 
@@ -42,8 +42,7 @@ def load_sharded_text_encoder(
     path = checkpoint / TEXT_ENCODER_FILE
     state = read_encoder(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    with torch.device("meta"):
-        model = build_text_encoder(shapes).to(torch_dtype).eval().requires_grad_(False)
+    model = build_skeleton(path, build_text_encoder, shapes).to(torch_dtype).eval().requires_grad_(False)
     compare_tensors({name: tuple(p.shape) for name, p in model.named_parameters()}, shapes, path)
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     # The embedding is a third of all parameters: as part of the root it would stay gathered through a forward.
