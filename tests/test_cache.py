@@ -12,15 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_clips import clip_row, write_clips
 
 from wan_accel import cache, cache_clips
 from wan_accel.data import store
+from wan_accel.data.cells import cell_to_tensor
 from wan_accel.data.clips import Clip
-from wan_accel.data.latents import LatentsDataset, cell_to_tensor
+from wan_accel.data.latents import LatentsDataset
 from wan_accel.data.schema import CLIPS_SCHEMA, LATENTS_SCHEMA, clips_features
 from wan_accel.models.checkpoint_files import condition_keys
 from wan_accel.models.conditioning.clips import ClipEncoder
+from wan_accel.models.encoders import TextEncoder
+from wan_accel.models.loading import MOTION_ENCODER
 from wan_accel.models.variants import CLIP_FILE, TEXT_ENCODER_FILE, get_variant
 from wan_accel.tiny import init_tiny
 
@@ -163,6 +167,25 @@ def test_claims_that_are_taken_away_lose_no_clip(
     assert clip_ids(tmp_path / "latents") == ["square0"]
     assert run() == 0
     assert clip_ids(tmp_path / "latents") == ["square0", "square1", "square2"]
+
+
+def test_interrupted_texts_are_kept(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_clips(tmp_path / "clips", [clip_row(number, caption=f"caption {number}") for number in range(9)])
+    encode, encoded = TextEncoder.encode, []
+
+    def fail_second(encoder: TextEncoder, texts: list[str]) -> list[torch.Tensor]:
+        encoded.append(texts)
+        if len(encoded) == 2:
+            raise RuntimeError("CUDA error: the GPU has fallen off the bus")
+        return encode(encoder, texts)
+
+    monkeypatch.setattr(TextEncoder, "encode", fail_second)
+    with pytest.raises(RuntimeError, match="fallen off"):
+        run()
+    assert sorted(store.load(tmp_path / "latents" / "text", LATENTS_SCHEMA)["caption"]) == sorted(encoded[0])
+    assert len(encoded[0]) == 8
+    assert run() == 0
+    assert [text for texts in encoded[2:] for text in texts] == encoded[1]  # only those are left
 
 
 def _fail_on(clip_id: str, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,8 +381,19 @@ def test_keys_follow_the_files_they_depend_on(checkpoint: Path, tmp_path: Path) 
     (copy / "google/umt5-xxl/tokenizer.json").write_text("{}")
     after = condition_keys(ANIMATE, copy, known_variants=3)
     assert {name for name in before if before[name] != after[name]} == {"reference", "text", "known"}
+    shift_motion_encoder(copy)
+    moved = condition_keys(ANIMATE, copy, known_variants=3)
+    assert {name for name in after if after[name] != moved[name]} == {"face"}  # the rest of the DiT is in no key
     (copy / ANIMATE.vae.file).unlink()
     assert condition_keys(ANIMATE, copy, known_variants=3).keys() == {"text", "face"}
+
+
+def shift_motion_encoder(checkpoint: Path) -> None:
+    """Change a tensor of Animate's motion encoder, and one of the DiT's first block."""
+    for file in checkpoint.glob("diffusion_pytorch_model*.safetensors"):
+        state = load_file(file)
+        names = [name for name in sorted(state) if name.startswith(MOTION_ENCODER)][:1] + ["blocks.0.ffn.0.weight"]
+        save_file({n: t + (n in names) for n, t in state.items()}, file, metadata={"format": "pt"})
 
 
 @pytest.mark.launch

@@ -37,7 +37,7 @@ def encode_texts(
     rounds = -(-len(captions) // (state.num_processes * _BATCH)) if shard else -(-len(mine) // _BATCH)
     bar = tqdm(total=len(mine), desc="captions", disable=not state.is_main_process)
     with store.PartWriter(root, writer=f"rank{state.process_index}", features=text_features()) as writer:
-        for item in _encoded(encoder, mine, rounds):
+        for item in _kept(_encoded(encoder, mine, rounds), writer):
             writer.write(
                 {
                     "schema": LATENTS_SCHEMA, "caption_id": item.caption_id, "caption": item.caption, "key": key,
@@ -53,6 +53,15 @@ def _encoded(encoder: TextEncoder, captions: list[str], rounds: int) -> Iterator
         batch = captions[number * _BATCH : (number + 1) * _BATCH]
         found = list(encode_captions(encoder, batch or [""], batch_size=_BATCH))
         yield from found if batch else ()
+
+
+def _kept(items: Iterator[EncodedCaption], writer: store.PartWriter) -> Iterator[EncodedCaption]:
+    """Yield what is encoded; if encoding fails or is interrupted, finish the part of what came before."""
+    try:
+        yield from items
+    except (Exception, KeyboardInterrupt, SystemExit):  # not GeneratorExit: then it is writing that failed
+        writer.flush()
+        raise
 
 
 def drop_stale_texts(root: Path, key: str) -> None:

@@ -67,6 +67,21 @@ def test_killed_rewriter_changes_nothing(root: Path) -> None:
     assert plain(root)[:2] == [("rank0-0-0", 1), ("rank0-0-1", 1)]
 
 
+def test_what_killed_writers_left_is_removed(root: Path) -> None:
+    before, part = plain(root), store.finished(root)[0]
+    kept = {path for path in root.rglob("*") if path.is_file()}
+    for path in (
+        store.next_revision(part),  # renamed, but killed before its sidecar
+        part.with_name("data-00007.arrow"),
+        part.with_name("data-00001.r3.arrow.tmp"),
+        part.with_name("data-00001.arrow.json.0a1b2c3d.tmp"),
+        root / "state.json.0a1b2c3d.tmp",
+    ):
+        path.write_bytes(b"half")
+    revisions.remove_unfinished(root)
+    assert {path for path in root.rglob("*") if path.is_file()} == kept and plain(root) == before
+
+
 def test_killed_take_over_is_repeated(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = store.finished(root)
     for part in old:

@@ -54,8 +54,12 @@ class PartRewriter(store.PartWriter):
 
 
 def remove_unfinished(root: Path) -> None:
-    """Remove what writers that were killed left half-written, whatever their names. No writer may be at work."""
-    for path in root.glob("parts/*/*.tmp"):
+    """Remove what writers that were killed left half-written, whatever their names. No writer may be at work.
+
+    Parts and revisions that have no sidecar never counted: their writer was killed between two renames.
+    """
+    parts = (part for part in root.glob("parts/*/data-*.arrow") if not part.with_name(part.name + ".json").is_file())
+    for path in [*root.glob("*.tmp"), *root.glob("parts/*/*.tmp"), *parts]:
         path.unlink()
 
 
