@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +252,33 @@ def test_dry_run_tells_what_is_stale(job: Job, tmp_path: Path, capsys: pytest.Ca
     estimate = cache.Cache(recipe).estimate()
     assert {name for name, size in estimate.sizes.items() if size} == {"known (at most)"}
     assert estimate.rewritten == sum(part.stat().st_size for part in store.finished(tmp_path / "latents" / "clips"))
+
+
+def test_disk_needs_room_for_what_is_new_alone(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another VAE: all latents are written again, but old ones go, so that two parts are there twice, not all."""
+    shift_weights(tmp_path / "model" / ANIMATE.vae.file)
+    before = rows(tmp_path)
+    stale = [row[name] for row in before for name in ("latents", "pose_latents", "reference_latents", "clip_features")]
+    known = [variant["latents"] for row in before for variant in row["known"]]
+    recipe = cache.load_recipe(*arguments(tmp_path)[:1], arguments(tmp_path)[1:])
+    estimate = cache.Cache(recipe).estimate()
+    assert estimate.replaced == sum(len(cell["data"]) for cell in [*stale, *known] if cell is not None)
+    assert estimate.again == estimate.total  # known at most, as plain variants store nothing
+    excess = len(before[0]["latents"]["data"]) * sum(cell is None for cell in known)
+    excess += 3 * 257 * (1280 - 64) * 2  # the estimate has CLIP at its released width
+    assert estimate.again - estimate.replaced == excess
+    assert estimate.peak(1) == excess + estimate.rewritten  # two small parts: both are there twice
+    many = replace(estimate, rewritten=100 * estimate.largest_part)
+    assert [many.peak(n) - excess for n in (1, 8)] == [2 * estimate.largest_part, 16 * estimate.largest_part]
+    smaller = replace(many, replaced=3 * estimate.again)
+    assert smaller.peak(1) == 2 * estimate.largest_part
+    more = replace(smaller, sizes={**estimate.sizes, "latents": estimate.sizes["latents"] + 9 * estimate.again})
+    assert more.peak(1) == 7 * estimate.again  # new clips go where the others shrank
+    for free, code in ((estimate.peak(1) - 1, 2), (estimate.peak(1), 0)):
+        usage = shutil.disk_usage("/")._replace(free=free)
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+            assert job("--dry-run", loads=set()) == code
+    assert "free some, or use another disk" in capsys.readouterr().err

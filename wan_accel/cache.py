@@ -122,9 +122,7 @@ class Cache:
         from_main_rank(self._check_disk)
 
     def _check_disk(self) -> None:
-        # Each rank writes one part again at a time; the old ones go as the new ones are there.
-        needed = self.estimate()
-        total = needed.total + min(needed.rewritten, self.state.num_processes * 2 * store.PART_BYTES)
+        total = self.estimate().peak(self.state.num_processes)
         if total > (free := self._free_bytes()):
             raise ValueError(
                 f"data.latents={self.root} needs {total / GIB:.2f} GiB but {free / GIB:.2f} GiB are free: free "
