@@ -18,6 +18,7 @@ from wan_accel.arguments import WanTrainingArguments
 from wan_accel.assemble import Techniques, assemble_experts, launched_engine, launched_replicas
 from wan_accel.data.latents import LatentsDataset
 from wan_accel.data.mixture import MixedLatents
+from wan_accel.live import load_live_encoder, open_live
 from wan_accel.logs import log_failure, log_to_file, start_logging
 from wan_accel.lora import LoraSettings
 from wan_accel.metrics import write_run_state
@@ -33,7 +34,7 @@ from wan_accel.recipe.load import load_recipe, to_yaml
 from wan_accel.recipe.schema import Recipe
 from wan_accel.sample_schedule import choose_rows
 from wan_accel.sample_videos import add_sampling
-from wan_accel.sources import open_live, open_source
+from wan_accel.sources import open_source
 from wan_accel.step_plan import SampleDraw, StepPlan, fixed_draws, split_groups
 from wan_accel.trainer import WanTrainer, default_plan
 from wan_accel.weights import open_weights
@@ -88,6 +89,7 @@ def build_trainer(recipe: Recipe, readers: Mapping[str, CheckpointReader] | None
     variant = get_variant(recipe.variant)
     experts = variant.trained_experts(recipe.model.expert)
     source = open_source(recipe, variant)
+    live = open_live(recipe, variant, source)  # before weights are read, which takes minutes
     applied = techniques(recipe, args.seed)
     readers = readers or {expert.name: open_weights(recipe, expert.name, applied.lora) for expert in experts}
     plan, eval_draws = plan_data(recipe, args, source, experts)
@@ -112,7 +114,7 @@ def build_trainer(recipe: Recipe, readers: Mapping[str, CheckpointReader] | None
         base=recipe.model.checkpoint,
         eval_draws=eval_draws,
         data=source.digest,
-        live=open_live(recipe, variant, source, device),
+        live=(live, load_live_encoder(recipe, variant, device)) if live is not None else None,
     )
     add_sampling(trainer, recipe)
     return trainer

@@ -1,5 +1,6 @@
 """Conditions encoded during training: the cached ones where nothing is drawn, distributed as stated where it is."""
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from wan_accel import cache, train
 from wan_accel.data.cells import LatentsError
 from wan_accel.data.clips import load_clip
 from wan_accel.data.collate import collate
+from wan_accel.data.hooks import horizontal_flip, load_hook
 from wan_accel.data.latents import LatentsDataset
-from wan_accel.data.live import LiveSource, horizontal_flip, load_hook
+from wan_accel.data.live import LiveSource
 from wan_accel.models.conditioning.animate import GUIDANCE_FRAMES, to_pixels
 from wan_accel.models.conditioning.live import LiveEncoder
 from wan_accel.models.encoders import load_text_encoder, load_vae
@@ -31,6 +33,10 @@ def darken(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def shuffle_words(caption: str, rng: np.random.Generator) -> str:
     return " ".join(rng.permutation(caption.split()))
+
+
+def count_words(caption: str, rng: np.random.Generator) -> int:
+    return len(caption.split())
 
 
 def crop(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -88,7 +94,7 @@ def test_known_pixels_equal_the_caches(root: Path, cached: LatentsDataset, encod
     source = live(root, cached, "known")
     seen = set()
     for seed in range(24):
-        row = source._clips[source._rows[0]]
+        row = source._clips[int(source._rows[0])]
         clip = load_clip(row)
         variant = source.known_variant(clip, row["modes"], draw(noise_seed=seed))
         if (variant.mode, variant.guidance_frames) in seen:
@@ -141,7 +147,7 @@ def test_draws_repeat_and_differ_between_epochs(root: Path, cached: LatentsDatas
 
 def test_augmented_frames_reach_the_denoiser(root: Path, cached: LatentsDataset, encoder: LiveEncoder) -> None:
     source = live(root, cached, "video", augment=darken)
-    clip = load_clip(source._clips[source._rows[0]])
+    clip = load_clip(source._clips[int(source._rows[0])])
     expected = [encoder.vae.encode(to_pixels(clip.frames_rgb // n)[None]).to(torch.bfloat16) for n in (1, 2)]
     counts = [0, 0]
     for seed in range(60):
@@ -194,6 +200,51 @@ def test_what_cannot_be_encoded_on_the_fly(root: Path, cached: LatentsDataset, t
             load_hook(name, "data.augment")
     with pytest.raises(ValueError, match="is not a function"):
         load_hook("numpy:pi", "data.augment")
+
+
+def test_clips_that_were_made_anew_are_refused(root: Path, cached: LatentsDataset, tmp_path: Path) -> None:
+    """Matched by name alone, their frames would be trained on under the conditions and shapes of the old ones."""
+    rows = [clip_row(0, num_frames=9), clip_row(1, num_frames=9), clip_row(2)]
+    write_clips(tmp_path / "same", rows[::-1] + [clip_row(3)])  # in any order, and more of them
+    source = LiveSource(cached, tmp_path / "same", kinds=["video"])
+    expected = live(root, cached, "video").sample(1, draw(1))["live_frames"]
+    assert torch.equal(source.sample(1, draw(1))["live_frames"], expected)
+    anew = [clip_row(0, num_frames=5), clip_row(1, num_frames=9, settings_hash="other")]
+    write_clips(tmp_path / "anew", anew)
+    with pytest.raises(
+        LatentsError,
+        match=r"2 clips of data\.clips=.*anew are not those that .*latents was made of \(square0: 9 frames of 48x32 "
+        r"were cached, it has 5 frames of 48x32; square1: made anew\): run wan_accel\.cache with this recipe",
+    ):
+        LiveSource(cached, tmp_path / "anew", kinds=["video"])
+    chosen = LatentsDataset(root / "latents", where="clip_id = square1")  # what is left out may differ
+    write_clips(tmp_path / "other", [anew[0], rows[1]])
+    assert len(LiveSource(chosen, tmp_path / "other", kinds=["video"]).cached) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("data.augment=nowhere:f",), r"data\.augment=nowhere:f cannot be imported"),
+        ((f"data.augment={__name__}:crop",), r"data\.augment made uint8 \(9, 47, 32, 3\) of clip square0"),
+        ((f"data.augment_caption={__name__}:count_words",), r"data\.augment_caption made int of 'a square"),
+        (("data.clips={tmp}/clips",), "data.on_the_fly: data.clips=.* does not have 1 clips of"),
+        (("model.checkpoint={tmp}/model",), "model does not have Wan2.1_VAE.pth"),
+    ],
+)
+def test_settings_are_refused_before_weights_are_read(
+    root: Path, tmp_path: Path, overrides: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("weights are opened")
+
+    monkeypatch.setattr(train, "open_weights", refuse)
+    write_clips(tmp_path / "clips", [clip_row(0, num_frames=9)])
+    shutil.copytree(root / "model", tmp_path / "model")
+    (tmp_path / "model" / ANIMATE.vae.file).unlink()
+    on_the_fly = ["data.on_the_fly=[video, text, known]", *(text.format(tmp=tmp_path) for text in overrides)]
+    with pytest.raises(ValueError, match=message):
+        train.build_trainer(train.load_recipe(str(root / "recipe.yaml"), on_the_fly))
 
 
 def test_flip_is_built_in() -> None:

@@ -5,17 +5,17 @@ Tensors are named live_* and leave the micro-batch again where they are encoded 
     live_known (T, H, W) uint8, one of HIDDEN, VISIBLE, GREY;  live_mask (4, F, h, w) uint8, 1 = known.
 """
 
-import importlib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from wan_accel.data.cells import LatentsError
 from wan_accel.data.clips import Clip, load_clip
+from wan_accel.data.hooks import Augment, AugmentCaption
 from wan_accel.data.latents import LatentsDataset
+from wan_accel.data.provenance import COMPARED, rows_of_clips
 from wan_accel.data.rows import Rows
 from wan_accel.data.schema import CLIPS_SCHEMA
 from wan_accel.models.conditioning.animate import KnownVariant, draw_known_variant, grow_mask, known_mask
@@ -23,39 +23,8 @@ from wan_accel.models.conditioning.clips import usable_modes
 from wan_accel.step_plan import DatasetIndex, SampleDraw
 
 HIDDEN, VISIBLE, GREY = range(3)
-Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
-AugmentCaption = Callable[[str, np.random.Generator], str]
 # Streams of random numbers of a draw; the draw's noise seed is a function of (seed, row, epoch).
 _FRAMES, _CAPTION, _KNOWN = range(3)
-
-
-def horizontal_flip(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mirror a clip (T, H, W, 3) half of the times. Not for Animate, whose poses would not follow."""
-    return frames[:, :, ::-1] if rng.random() < 0.5 else frames
-
-
-_BUILT_IN = {"horizontal_flip": horizontal_flip}
-
-
-def load_hook(name: str, key: str) -> Callable:
-    """The function that a recipe names as `package.module:function`, or a built-in.
-
-    Raises:
-        ValueError: it cannot be imported; `key` is where it was named.
-    """
-    if name in _BUILT_IN:
-        return _BUILT_IN[name]
-    module, _, function = name.partition(":")
-    try:
-        hook = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{key}={name} cannot be imported ({error}): write package.module:function, importable from where you "
-            f"launch, or {', '.join(_BUILT_IN)}"
-        ) from None
-    if not callable(hook):
-        raise ValueError(f"{key}={name} is not a function")
-    return hook
 
 
 class LiveSource:
@@ -70,7 +39,7 @@ class LiveSource:
         captions: captions by clip_id in place of the clips' own.
 
     Raises:
-        LatentsError: clips are missing.
+        LatentsError: clips are missing, or others than those that were cached.
     """
 
     def __init__(
@@ -88,15 +57,16 @@ class LiveSource:
         self._augment = augment
         self._augment_caption = augment_caption
         self._captions = captions or {}
-        self._clips = Rows(clips, CLIPS_SCHEMA, light=["clip_id"])
-        rows = {name: row for row, name in enumerate(self._clips.table["clip_id"].to_pylist())}
-        missing = [name for name in cached.clip_ids if name not in rows]
-        if missing:
-            raise LatentsError(
-                f"data.on_the_fly: data.clips={clips} does not have {len(missing)} clips of {cached.root} (the first: "
-                f"{missing[0]}): give the dataset that was cached"
-            )
-        self._rows = [rows[name] for name in cached.clip_ids]
+        self._clips = Rows(clips, CLIPS_SCHEMA, light=COMPARED)
+        self._rows = rows_of_clips(cached, self._clips)
+
+    def try_first(self) -> None:
+        """Make a sample, so that a hook or a clip that cannot be used is found before training.
+
+        Raises:
+            ValueError: what is wrong with it.
+        """
+        self.sample(0, SampleDraw(index=0, epoch=0, sigma=0.5, noise_seed=0))
 
     @property
     def keys(self) -> dict[str, str]:
@@ -114,7 +84,7 @@ class LiveSource:
             ValueError: the clip cannot be decoded or used, or a hook changed its shape; the clip is named.
         """
         sample = self.cached.sample(index, draw)
-        row = self._clips[self._rows[index]]
+        row = self._clips[int(self._rows[index])]
         if "text" in self.kinds:
             own = self._captions.get(row["clip_id"], row["caption"] or "")
             sample["live_caption"] = _encode_utf8("" if draw.drop_caption else self._caption(own, draw))
@@ -131,7 +101,13 @@ class LiveSource:
         return draw_known_variant(_generator(draw, _KNOWN), usable_modes(clip, modes), len(clip.frames_rgb))
 
     def _caption(self, caption: str, draw: SampleDraw) -> str:
-        return caption if self._augment_caption is None else self._augment_caption(caption, _generator(draw, _CAPTION))
+        if self._augment_caption is None:
+            return caption
+        changed = self._augment_caption(caption, _generator(draw, _CAPTION))
+        if not isinstance(changed, str):
+            found = type(changed).__name__
+            raise ValueError(f"data.augment_caption made {found} of {caption!r:.60}: it must return str")
+        return changed
 
     def _frames(self, clip: Clip, draw: SampleDraw) -> np.ndarray:
         if self._augment is None:

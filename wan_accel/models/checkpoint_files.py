@@ -3,6 +3,7 @@
 import json
 import pickle
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,15 @@ def read_encoder(file: Path) -> dict[str, Tensor]:
     return read_pth(file)
 
 
-def check_encoder_files(checkpoint: Path, variant: Variant) -> None:
-    """Open every file that caching needs, without reading tensors.
+def check_encoder_files(checkpoint: Path, variant: Variant, *, kinds: Collection[str] | None = None) -> None:
+    """Open every file that encoding some kinds of conditions needs, all by default, without reading tensors.
 
     Raises:
         CheckpointError: all files that are missing, or the first that is damaged; what each is for.
     """
-    names = sorted({name for files in encoder_files(variant, checkpoint).values() for name in files})
-    if variant.has_animate_adapter:
+    files = encoder_files(variant, checkpoint)
+    names = sorted({name for kind in (files if kinds is None else kinds) for name in files[kind]})
+    if variant.has_animate_adapter and kinds is None:
         CheckpointReader(dit_folder(checkpoint, variant, variant.experts[0].name))  # holds the motion encoder
     elif not checkpoint.is_dir():
         dit_folder(checkpoint, variant, variant.experts[0].name)  # says how to get a checkpoint
