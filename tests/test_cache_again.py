@@ -183,13 +183,15 @@ def test_clip_made_anew_under_its_name(job: Job, tmp_path: Path) -> None:
     assert fresh == {row["clip_id"]: row for row in after}
 
 
-def test_clip_that_is_gone_goes_when_stale(job: Job, tmp_path: Path) -> None:
+def test_clip_that_is_gone_goes_when_stale(job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.rmtree(tmp_path / "clips")
     write_clips(tmp_path / "clips", [clip_row(0), clip_row(2)])
     assert job(loads=set()) == 0
+    assert "has 1 clips that are no longer in data.clips" in caplog.text and "trained on (square1)" in caplog.text
+    caplog.clear()
     assert [row["clip_id"] for row in rows(tmp_path)] == ["square0", "square1", "square2"]
     assert job("cache.known_variants=1", loads={"load_vae"}) == 0
-    assert [row["clip_id"] for row in rows(tmp_path)] == ["square0", "square2"]
+    assert [row["clip_id"] for row in rows(tmp_path)] == ["square0", "square2"] and "are trained on" not in caplog.text
 
 
 def test_other_clips_are_refused(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,6 +137,25 @@ def test_captions_are_laid_over_without_rewriting(root: Path, tmp_path: Path) ->
     assert torch.equal(opened(root, laid[1]).sample(1, draw(1))["text"], before.sample(1, draw(1))["text"])
 
 
+def test_clips_that_are_gone_are_named_at_the_start(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_clips(tmp_path / "clips", [clip_row(0)])
+
+    def build(*overrides: str) -> train.WanTrainer:
+        recipe, *rest = arguments(root, f"data.clips={tmp_path}/clips", *overrides)
+        return train.build_trainer(train.load_recipe(recipe, rest))
+
+    assert len(build().source) == 3
+    (said,) = [record.message for record in caplog.records if "no longer" in record.message]
+    assert f"data.latents={root}/latents has 2 clips that are no longer in data.clips={tmp_path}/clips and are" in said
+    assert "trained on (square1, square2): to leave them out, encode into a new folder" in said
+    caplog.clear()
+    assert len(build("data.where=" + said.split("e.g. to ")[1]).source) == 1  # as it says
+    build("data.clips=nowhere")
+    assert "are trained on" not in caplog.text
+
+
 def test_captions_of_unknown_clips_are_refused(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

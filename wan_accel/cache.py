@@ -21,6 +21,7 @@ from wan_accel.cache_plan import GIB, ClipWork, Estimate, estimate, plan_clips, 
 from wan_accel.cache_source import ClipsSource
 from wan_accel.cache_texts import drop_stale_texts, encode_texts, refuse_lone_sharding
 from wan_accel.data import store
+from wan_accel.data.provenance import warn_of_removed
 from wan_accel.data.revisions import remove_unfinished, take_over
 from wan_accel.data.schema import LATENTS_SCHEMA, latents_features, null_features, text_features
 from wan_accel.models.checkpoint_files import check_encoder_files, condition_keys
@@ -208,6 +209,7 @@ class Cache:
         if encoded == 0:
             raise ValueError(f"{self.root}: no clip could be encoded; the reasons are in {job.rejected}")
         if self.state.is_main_process:
+            warn_of_removed(sorted(filter(self.source.is_missing, done)), self.root, self.source.rows.root)
             left_out = f"; {job.rejected} says why the others were not" if encoded < len(self.source) else ""
             logger.info("%s: %d of %d clips encoded%s", self.root, encoded, len(self.source), left_out)
 

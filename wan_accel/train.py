@@ -18,6 +18,7 @@ from wan_accel.arguments import WanTrainingArguments
 from wan_accel.assemble import Techniques, assemble_experts, launched_engine, launched_replicas
 from wan_accel.data.latents import LatentsDataset
 from wan_accel.data.mixture import MixedLatents
+from wan_accel.data.provenance import removed_clips, warn_of_removed
 from wan_accel.live import load_live_encoder, open_live
 from wan_accel.logs import log_failure, log_to_file, start_logging
 from wan_accel.lora import LoraSettings
@@ -89,6 +90,7 @@ def build_trainer(recipe: Recipe, readers: Mapping[str, CheckpointReader] | None
     variant = get_variant(recipe.variant)
     experts = variant.trained_experts(recipe.model.expert)
     source = open_source(recipe, variant)
+    _summarise(recipe, source, args)
     live = open_live(recipe, variant, source)  # before weights are read, which takes minutes
     applied = techniques(recipe, args.seed)
     readers = readers or {expert.name: open_weights(recipe, expert.name, applied.lora) for expert in experts}
@@ -118,6 +120,13 @@ def build_trainer(recipe: Recipe, readers: Mapping[str, CheckpointReader] | None
     )
     add_sampling(trainer, recipe)
     return trainer
+
+
+def _summarise(recipe: Recipe, source: LatentsDataset | MixedLatents, args: WanTrainingArguments) -> None:
+    """Warn of clips that are trained on though their clips dataset, where there is one, has lost them."""
+    clips = Path(recipe.data.clips or "")
+    if args.process_index == 0 and isinstance(source, LatentsDataset) and (clips / "state.json").is_file():
+        warn_of_removed(removed_clips(source, clips), source.root, clips)
 
 
 def _launch_arguments() -> dict[str, Any]:

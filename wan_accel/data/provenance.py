@@ -1,5 +1,7 @@
 """Whether a latents folder is of a clips dataset as it is now: clips that are gone since, or were made anew."""
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from wan_accel.data.latents import LatentsDataset
 from wan_accel.data.rows import Rows
 from wan_accel.data.schema import LATENTS_SCHEMA
 
+logger = logging.getLogger("wan_accel")
 COMPARED = ("clip_id", "num_frames", "height", "width")
 
 
@@ -24,6 +27,19 @@ def removed_clips(cached: LatentsDataset, clips: Path) -> list[str]:
     """
     present = store.ids(clips, "clip_id")
     return [name for name in cached.clip_ids if name not in present]
+
+
+def warn_of_removed(names: Sequence[str], latents: Path, clips: Path) -> None:
+    """Say that clips which are gone will be trained on, and how to leave them out."""
+    if not names:
+        return
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    where = " and ".join(f"clip_id != '{name}'" for name in names[:3])
+    logger.warning(
+        "data.latents=%s has %d clips that are no longer in data.clips=%s and are trained on (%s%s): to leave them "
+        "out, encode into a new folder, or set data.where, e.g. to %s",
+        latents, len(names), clips, ", ".join(names[:3]), more, where,
+    )  # fmt: skip
 
 
 def rows_of_clips(cached: LatentsDataset, clips: Rows) -> np.ndarray:
@@ -53,8 +69,8 @@ def rows_of_clips(cached: LatentsDataset, clips: Rows) -> np.ndarray:
     if found := list(zip(then.filter(differs).to_pylist(), now.filter(differs).to_pylist())):
         more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
         raise LatentsError(
-            f"data.on_the_fly: {len(found)} clips of data.clips={clips.root} are not those that {cached.root} was made of "
-            f"({'; '.join(_difference(*pair) for pair in found[:3])}{more}): run wan_accel.cache with this recipe, "
+            f"data.on_the_fly: {len(found)} clips of data.clips={clips.root} are not those that {cached.root} was made "
+            f"of ({'; '.join(_difference(*pair) for pair in found[:3])}{more}): run wan_accel.cache with this recipe, "
             "which encodes them again, or give the dataset that was cached"
         )
     return rows.to_numpy()
