@@ -37,7 +37,7 @@ from transformers.training_args import OptimizerNames
 from wan_accel import checkpoint
 from wan_accel.arguments import WanTrainingArguments
 from wan_accel.checkpoint import Manifest
-from wan_accel.data.collate import MicroBatch, SampleSource, StepDataset
+from wan_accel.data.collate import MicroBatch, SampleSource, StepDataset, share_memory
 from wan_accel.data.digest import RowsDigest
 from wan_accel.ema import Ema, EmaCallback, start_ema
 from wan_accel.lora import LoraSettings
@@ -184,6 +184,7 @@ class WanTrainer(Trainer):
             batch_size=None,
             sampler=_StepSampler(self),
             num_workers=workers,
+            worker_init_fn=share_memory,
             persistent_workers=workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             pin_memory=self.args.dataloader_pin_memory and self.accelerator.device.type == "cuda",

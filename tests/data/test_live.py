@@ -12,7 +12,7 @@ from tiny_clips import clip_row, write_clips
 from wan_accel import cache, train
 from wan_accel.data.cells import LatentsError
 from wan_accel.data.clips import load_clip
-from wan_accel.data.collate import collate
+from wan_accel.data.collate import collate, share_memory
 from wan_accel.data.hooks import horizontal_flip, load_hook
 from wan_accel.data.latents import LatentsDataset
 from wan_accel.data.live import LiveSource
@@ -181,6 +181,7 @@ def test_trainer_runs_on_fresh_conditions(root: Path) -> None:
     trainer.model.register_forward_pre_hook(hook, with_kwargs=True)
     trainer.train()
     assert trainer.state.global_step == 2 and len(inputs) == 2
+    assert trainer.get_train_dataloader().worker_init_fn is share_memory
     source, encode = trainer.live
     for step, given in enumerate(inputs):
         expected = encode(collate(source, trainer.plan.step(step, 1).micro_steps[0].samples[0]))
