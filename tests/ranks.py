@@ -3,6 +3,7 @@
 Forking from pytest itself would inherit autograd's threads, which a child cannot use.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -13,7 +14,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed.fsdp", "wan_accel.trainer"]
+# What a training run imports, its picture of the losses and the test module included: each rank would do it again.
+PRELOAD = ["torch", "torch.distributed.fsdp", "wan_accel.train", "matplotlib.pyplot", "pytest"]
 
 LAUNCH_ENV = {
     "single": {"ACCELERATE_USE_CPU": "true"},
@@ -92,6 +94,7 @@ def run_ranks(
 
 
 def _work(sender: Connection, env: dict[str, str], module: str, name: str, args: tuple[Any, ...]) -> None:
+    gc.freeze()  # accelerate collects garbage in every run: that would copy every inherited page to look for none
     os.environ.update(env, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     import torch
 
