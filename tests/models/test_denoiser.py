@@ -166,7 +166,8 @@ def test_original_wanmodel(kind: str) -> None:
     np.testing.assert_allclose(out[0].numpy(), golden[key].reshape(out[0].shape), atol=1e-4)
 
 
-def test_original_animate() -> None:
+def test_original_animate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wan_accel.models.denoiser.FACES_PER_CHUNK", 1)
     golden = np.load(GOLDENS / "22_tiny_animate.npz")
     shapes = json.loads((GOLDENS / "22_animate_param_shapes.json").read_text())
     dit, adapter = (
@@ -184,8 +185,10 @@ def test_original_animate() -> None:
     )
     with torch.no_grad():
         faces = torch.from_numpy(face.astype(np.float32))[None]
-        motion = denoiser.encode_motion(faces)
-        np.testing.assert_allclose(motion[0].numpy(), golden["motion_vec"].reshape(9, 512), atol=1e-4)
+        expected = golden["motion_vec"].reshape(9, 512)
+        found = denoiser.encode_motion(faces[:, :, [0, 8]])  # in two chunks; a frame takes seconds
+        np.testing.assert_allclose(found[0].numpy(), expected[[0, 8]], atol=1e-4)
+        motion = torch.from_numpy(expected)[None]
         tokens = denoiser.face_encoder(motion)
         np.testing.assert_allclose(tokens[0].numpy(), golden["face_encoder_out"].reshape(3, 5, 64), atol=1e-4)
         out = denoiser(
