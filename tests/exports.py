@@ -33,6 +33,7 @@ def write_run(
     trained: dict[str, Tensor],
     *,
     method: str = "lora",
+    engine: str = "single",
     expert: str = "default",
     ema: dict[str, Tensor] | None = None,
     recipe: str | None = None,
@@ -40,12 +41,18 @@ def write_run(
     """Write `checkpoint-7` of a run; returns the run's folder."""
     checkpoint = run / "checkpoint-7"
     checkpoint.mkdir(parents=True)
-    dcp.save({"model": trained}, checkpoint_id=str(checkpoint / "model"), no_dist=True)
+    if engine == "zero3":
+        for name in ("high", "low") if expert == "both" else (expert,):
+            prefix = f"{name}." if expert == "both" else ""
+            part = {key.removeprefix(prefix): tensor for key, tensor in trained.items() if key.startswith(prefix)}
+            write_zero(checkpoint / "zero" / name, part)
+    else:
+        dcp.save({"model": trained}, checkpoint_id=str(checkpoint / "model"), no_dist=True)
     if ema is not None:
         dcp.save({"ema": ema}, checkpoint_id=str(checkpoint / "ema"), no_dist=True)
         (checkpoint / "ema" / "ema.json").write_text("{}")
     manifest = Manifest(
-        engine="single", step=7, variant=variant, expert=expert, method=method, base=str(base),
+        engine=engine, step=7, variant=variant, expert=expert, method=method, base=str(base),
         lora={"r": RANK, "lora_alpha": ALPHA, "target_modules": []} if method == "lora" else None,
         world_size=1, ulysses=1, trained={name: list(tensor.shape) for name, tensor in trained.items()},
     )  # fmt: skip
@@ -53,6 +60,21 @@ def write_run(
     if recipe is not None:
         (run / "recipe.yaml").write_text(recipe)
     return run
+
+
+def write_zero(folder: Path, trained: dict[str, Tensor], num_ranks: int = 2) -> None:
+    """The files of DeepSpeed's ZeRO-3 that weights are read from: each rank has an equal part of every tensor."""
+    (folder / "step").mkdir(parents=True)
+    (folder / "latest").write_text("step")
+    parts = {name: torch.nn.functional.pad(t.flatten(), (0, -t.numel() % num_ranks)) for name, t in trained.items()}
+    for rank in range(num_ranks):
+        flat = torch.cat([part.chunk(num_ranks)[rank] for part in parts.values()])
+        masters = {"zero_stage": 3, "partition_count": num_ranks, "fp32_flat_groups": [flat]}
+        shapes = [{name: tensor.shape for name, tensor in trained.items()}]
+        rest = {"buffer_names": [], "module": {}, "param_shapes": shapes, "shared_params": {}, "ds_version": "0"}
+        stem = folder / "step" / f"zero_pp_rank_{rank}_mp_rank_00"
+        torch.save({"optimizer_state_dict": masters}, f"{stem}_optim_states.pt")
+        torch.save(rest, f"{stem}_model_states.pt")
 
 
 def with_lora(

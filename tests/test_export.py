@@ -1,6 +1,7 @@
 """An export gives, in the tool that it is for, the outputs of the trained denoiser."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from wan_accel.models.dit import build_dit, dit_size_from_shapes
 from wan_accel.models.loading import load_wan
 from wan_accel.models.reader import CheckpointReader
 from wan_accel.models.variants import get_variant
+from wan_accel.original_files import INDEX_NAME
 
 TARGETS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.k", "cross_attn.v",
            "cross_attn.o", "ffn.0", "ffn.2")  # fmt: skip
@@ -183,7 +185,7 @@ def test_a_merged_pair_is_a_checkpoint_of_two_folders(
     out = export(folder / "run", merge=True, output=tmp_path / "merged")
     for expert in ("high", "low"):
         shards = list((out / f"{expert}_noise_model").glob("*.safetensors"))
-        assert len(shards) > 2 and (out / f"{expert}_noise_model" / export_full.INDEX_NAME).is_file()
+        assert len(shards) > 2 and (out / f"{expert}_noise_model" / INDEX_NAME).is_file()
         merged = load_wan("t2v-a14b", out, expert=expert)
         wanted = with_lora("t2v-a14b", folder / "model", tensors[expert], expert=expert)
         with torch.no_grad():
@@ -258,6 +260,30 @@ def test_what_cannot_be_exported(base: Path, run: Path, trained: dict[str, Tenso
     unknown = write_run(tmp_path / "odd", base, "t2v-1.3b", odd)
     with pytest.raises(ValueError, match=r"layout diffusers has no names for 1 of 21 layers, e\.g\. pose\.x"):
         export(unknown, layout="diffusers", output=tmp_path / "x.safetensors")
+
+
+def test_a_full_disk_is_seen_before(base: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type(shutil.disk_usage(tmp_path))(10**9, 10**9 - 10, 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    size = sum(tensor.nbytes for tensor in tiny_state("t2v-1.3b").values())
+    for dtype, needed in ((None, size), (torch.bfloat16, size / 2)):
+        with pytest.raises(ValueError, match=rf"the export needs {needed / 1e9:.2f} GB, 0\.00 GB are free: free some"):
+            export(run, merge=True, dtype=dtype, output=tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("engine", ["single", "zero3"])
+def test_a_damaged_checkpoint_is_said_in_one_line(
+    base: Path, tmp_path: Path, engine: str, capsys: pytest.CaptureFixture
+) -> None:
+    run = write_run(tmp_path / "run", base, "t2v-1.3b", tiny_state("t2v-1.3b"), method="full", engine=engine)
+    file = next((run / "checkpoint-7").rglob("*.distcp" if engine == "single" else "*rank_1*_optim_states.pt"))
+    for content in (file.read_bytes()[: file.stat().st_size // 2], None):
+        file.unlink() if content is None else file.write_bytes(content)
+        assert main(["export", str(run), "--output", str(tmp_path / "x")]) == 2
+        (message,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+        assert "is damaged or incomplete" in message and "use another checkpoint of the run" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_tool_that_is_not_installed_is_said_not_needed(

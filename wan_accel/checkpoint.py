@@ -29,9 +29,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from wan_accel.ema import read_ema
+from wan_accel.disk import free_bytes
+from wan_accel.ema import ema_tensors
 from wan_accel.models.variants import BOTH
 from wan_accel.parallel.engine import Engine
+from wan_accel.stored_tensors import ReadTensor, dcp_tensors, zero_tensors
 
 FORMAT = "wan-accel/checkpoint@1"
 MANIFEST = "manifest.json"
@@ -133,8 +135,7 @@ def check_space(output_dir: Path, trained: dict[str, list[int]], *, has_ema: boo
     """
     bytes_per_element = _BYTES_PER_ELEMENT + _EMA_BYTES_PER_ELEMENT * has_ema
     needed = bytes_per_element * sum(math.prod(shape) for shape in trained.values())
-    existing = next(path for path in (output_dir, *output_dir.resolve().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(output_dir)
     if needed > free:
         raise NoSpaceError(
             f"training.output_dir={output_dir}: a checkpoint needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB "
@@ -216,45 +217,29 @@ def zero_folder(folder: Path, expert: str) -> Path:
     return folder / "zero" / expert
 
 
-def read_trained(folder: Path, *, ema: bool = False) -> dict[str, Tensor]:
-    """Read the trained tensors of any checkpoint whole, on one process; fp32 masters where the engine keeps them.
+def open_trained(folder: Path, manifest: Manifest, *, ema: bool = False) -> ReadTensor:
+    """Read a checkpoint's trained tensors one at a time, on one process: name in the manifest -> fp32 tensor.
 
     Args:
         folder: a complete checkpoint.
-        ema: read their moving averages instead.
+        manifest: the folder's.
+        ema: read their moving averages instead of the weights (of which engines' fp32 masters are read).
 
     Raises:
-        ValueError: no complete checkpoint, or one without a moving average.
+        ValueError: the checkpoint is damaged, or has no moving average.
     """
-    manifest = read_manifest(folder)
     if ema:
-        return read_ema(folder, manifest.trained)
-    if manifest.engine == "zero3":
-        return _read_zero(folder, manifest)
-    state = {"model": {name: torch.empty(shape) for name, shape in manifest.trained.items()}}
-    dcp.load(state, checkpoint_id=str(folder / "model"), no_dist=True)
-    return state["model"]
+        return ema_tensors(folder, manifest.trained)
+    if manifest.engine != "zero3":
+        return dcp_tensors(folder / "model", "model")
+    if manifest.expert != BOTH:
+        return zero_tensors({"": zero_folder(folder, manifest.expert)})
+    experts = sorted({name.split(".")[0] for name in manifest.trained})
+    return zero_tensors({f"{expert}.": zero_folder(folder, expert) for expert in experts})
 
 
-def trained_by_expert(trained: dict[str, Tensor], expert: str) -> dict[str, dict[str, Tensor]]:
-    """Expert -> its tensors by their names in one denoiser; a pair's are stored under `high.` and `low.`."""
-    if expert != BOTH:
-        return {expert: trained}
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in trained.items():
-        prefix, _, rest = name.partition(".")
-        found.setdefault(prefix, {})[rest] = tensor
-    return found
-
-
-def _read_zero(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    experts = sorted({name.split(".")[0] for name in manifest.trained}) if manifest.expert == BOTH else []
-    trained: dict[str, Tensor] = {}
-    for expert in experts or [manifest.expert]:
-        path = str(zero_folder(folder, expert))
-        prefix = f"{expert}." if experts else ""
-        state = get_fp32_state_dict_from_zero_checkpoint(path, exclude_frozen_parameters=True)
-        trained |= {prefix + name: tensor.clone() for name, tensor in state.items()}
-    return trained
+def read_trained(folder: Path, *, ema: bool = False) -> dict[str, Tensor]:
+    """Read a checkpoint's trained tensors whole; see `open_trained`."""
+    manifest = read_manifest(folder)
+    read = open_trained(folder, manifest, ema=ema)
+    return {name: read(name) for name in manifest.trained}

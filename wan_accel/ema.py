@@ -21,6 +21,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from transformers import TrainerCallback
 
+from wan_accel.stored_tensors import ReadTensor, dcp_tensors
+
 if TYPE_CHECKING:
     from wan_accel.arguments import WanTrainingArguments
 
@@ -185,20 +187,18 @@ class EmaCallback(TrainerCallback):
             self.trainer.ema.update(self.trainer.stepped_names())
 
 
-def read_ema(folder: Path, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    """Read a checkpoint's averages whole, on one process: fp32 tensors of the given shapes.
+def ema_tensors(folder: Path, shapes: Mapping[str, list[int]]) -> ReadTensor:
+    """Read a checkpoint's averages one at a time, on one process: name -> fp32 tensor of the given shape.
 
     Raises:
-        ValueError: the checkpoint has no average.
+        ValueError: the checkpoint has no average, or a damaged one.
     """
     path = folder / FOLDER
     if not (path / _STATE).is_file():
         raise ValueError(f"{folder} has no moving average: train with method.ema, or leave --ema out")
-    stored: Mapping[str, Any] = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
-    state = {"ema": {name: torch.empty(stored[f"ema.{name}"].size) for name in shapes}}
-    dcp.load(state, checkpoint_id=str(path), no_dist=True)
+    read = dcp_tensors(path, "ema")
     # ZeRO-3 writes them flat, padded to equal slices.
-    return {name: tensor.flatten()[: _numel(shapes[name])].view(shapes[name]) for name, tensor in state["ema"].items()}
+    return lambda name: read(name).flatten()[: _numel(shapes[name])].view(shapes[name])
 
 
 def _local(tensor: Tensor) -> Tensor:

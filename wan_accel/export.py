@@ -3,25 +3,22 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from wan_accel.checkpoint import find_checkpoint, read_trained, trained_by_expert
+from wan_accel.checkpoint import find_checkpoint
 from wan_accel.export_check import read_back
-from wan_accel.export_full import full_names, write_full
+from wan_accel.export_full import check_space, tensor_bytes, write_full
 from wan_accel.export_lora import folded, write_lora, write_peft
 from wan_accel.export_plan import Export, default_output, metadata, plan_export
 from wan_accel.hub import CARD, card_of, push
-from wan_accel.lora_files import lora_layers
 from wan_accel.model_card import CardFile, model_card
 from wan_accel.models.reader import CheckpointReader
 from wan_accel.models.variants import BOTH
 from wan_accel.recipe.schema import Model
-from wan_accel.trained_weights import merged_reader
+from wan_accel.trained_weights import trained_lora, trained_reader
 from wan_accel.weights import open_base
 
 logger = logging.getLogger(__name__)
@@ -99,22 +96,19 @@ def _write_in_place(job: Export, output: Path) -> str:
 
 def _write(job: Export, folder: Path, name: str | None) -> str:
     """Write every expert and the card into a folder; returns which tools loaded the export."""
-    writer: Callable[[Export, Path, str, dict[str, Tensor], str | None], tuple[CardFile, str]]
-    writer = _write_full if job.is_full else _write_lora
-    trained = trained_by_expert(read_trained(job.checkpoint, ema=job.ema), job.manifest.expert)
-    files, read_by = zip(*(writer(job, folder, expert, tensors, name) for expert, tensors in trained.items()))
+    files, read_by = _write_full(job, folder) if job.is_full else _write_lora(job, folder, name)
     fused = [(lora.path, lora.scale) for lora in (job.recipe.model.fuse_loras if job.recipe else [])]
     card = model_card(
         title=job.stem(job.manifest.expert),
         variant=job.variant,
         layout=job.layout,
-        files=list(files),
+        files=files,
         metadata=metadata(job, job.manifest.expert),
         fused=[] if job.is_full else fused,
-        read_by=read_by[0],
+        read_by=read_by,
     )
     (folder / CARD).write_text(card)
-    return read_by[0]
+    return read_by
 
 
 def _base(job: Export, expert: str) -> CheckpointReader:
@@ -127,19 +121,22 @@ def _base(job: Export, expert: str) -> CheckpointReader:
     return open_base(model, job.variant, expert, start=None if start is None else Path(start))
 
 
-def _write_lora(
-    job: Export, folder: Path, expert: str, trained: dict[str, Tensor], name: str | None
-) -> tuple[CardFile, str]:
+def _write_lora(job: Export, folder: Path, name: str | None) -> tuple[list[CardFile], str]:
+    """Write each expert's LoRA, into a file of this name where there is one; returns the files and who read them."""
+    files, read_by = zip(*(_write_lora_of(job, folder, expert, name) for expert in job.experts))
+    return list(files), read_by[0]
+
+
+def _write_lora_of(job: Export, folder: Path, expert: str, name: str | None) -> tuple[CardFile, str]:
     assert job.manifest.lora is not None
-    rank, alpha = job.manifest.lora["r"], job.manifest.lora["lora_alpha"]
-    layers, _ = lora_layers(trained, job.checkpoint, scale=alpha / rank)
+    layers = trained_lora(job.checkpoint, job.manifest, expert, ema=job.ema)
     pairs, fields = folded(layers, job.dtype), metadata(job, expert)
-    name = name or job.stem(expert) + ("" if job.layout == "peft" else ".safetensors")
+    name = name or job.stem(expert) + ("" if job.layout == "peft" else FILE)
     path = folder / name
     if job.layout == "peft":
         if job.manifest.expert != BOTH:
             path, name = folder, "<folder>"
-        base = job.variant.hub_id
+        rank, alpha, base = job.manifest.lora["r"], job.manifest.lora["lora_alpha"], job.variant.hub_id
         write_peft(path, layers, rank=rank, alpha=alpha, base=base, dtype=job.dtype, metadata=fields)
     else:
         write_lora(path, job.layout, pairs, fields)
@@ -148,29 +145,24 @@ def _write_lora(
     return CardFile(name=name, expert=expert, modules=tuple(pairs)), read_by
 
 
-def _write_full(
-    job: Export, folder: Path, expert: str, trained: dict[str, Tensor], name: str | None
-) -> tuple[CardFile, str]:
-    base = _base(job, expert)
-    if job.merge:
-        merged = merged_reader(base, trained, job.manifest, job.checkpoint)
-        names = list(merged.shapes)
-
-        def read(tensor: str) -> Tensor:
-            return merged.read(tensor).to(job.dtype or base.dtype(tensor))
-    else:
-        names = full_names(trained, base)
-
-        def read(tensor: str) -> Tensor:
-            value = trained[tensor] if tensor in trained else base.read(tensor)
-            return value.to(job.dtype or value.dtype)
-
-    place = job.variant.expert(expert).folder
-    count = write_full(
-        folder / place, names, read, variant=job.variant, base=base, metadata=metadata(job, expert)
-    )
-    logger.info("%s: %d tensors, read back equal", folder / place, count)
-    return CardFile(name=place or "the folder", expert=expert), "diffsynth's modules, tensor by tensor"
+def _write_full(job: Export, folder: Path) -> tuple[list[CardFile], str]:
+    """Write each expert's whole weights; returns their folders and who read them."""
+    readers = {
+        expert: trained_reader(
+            job.checkpoint, _base(job, expert), variant=job.manifest.variant, expert=expert, ema=job.ema
+        )
+        for expert in job.experts
+    }
+    check_space(folder.parent, sum(sum(tensor_bytes(reader, job.dtype).values()) for reader in readers.values()))
+    files = []
+    for expert, reader in readers.items():
+        place = job.variant.expert(expert).folder
+        count = write_full(
+            folder / place, reader, job.dtype, variant=job.variant, metadata=metadata(job, expert)
+        )
+        logger.info("%s: %d tensors, read back equal", folder / place, count)
+        files.append(CardFile(name=place, expert=expert))
+    return files, "diffsynth's modules, tensor by tensor"
 
 
 def describe(path: Path) -> str:

@@ -40,6 +40,11 @@ class Export:
         return get_variant(self.manifest.variant)
 
     @property
+    def experts(self) -> list[str]:
+        """The experts that the checkpoint holds."""
+        return [expert.name for expert in self.variant.trained_experts(self.manifest.expert)]
+
+    @property
     def is_full(self) -> bool:
         return self.layout == "original"
 

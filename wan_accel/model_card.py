@@ -19,7 +19,7 @@ model = PeftModel.from_pretrained(load_wan("{variant}", "<checkpoint>"{expert}),
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CardFile:
-    """A written file or folder, by its name relative to the card."""
+    """A written file or folder, by its name relative to the card, "" for the card's own folder."""
 
     name: str
     expert: str
@@ -105,9 +105,10 @@ def _peft(variant: Variant, file: CardFile) -> str:
 
 
 def _original(variant: Variant, file: CardFile) -> str:
+    these = f"The folder `{file.name}` replaces that" if file.name else "These files replace the DiT's"
     return (
-        f"`{file.name}` replaces the folder (or the `diffusion_pytorch_model*` files) of that name in a checkpoint of "
-        f"{variant.hub_id}: Wan's own code reads it, DiffSynth-Studio does "
+        f"{these} (config.json and `diffusion_pytorch_model*`) in a checkpoint of {variant.hub_id}: Wan's own code "
+        "reads it, DiffSynth-Studio does "
         "(`ModelConfig(path=[...safetensors])`), and wan-accel (`model.checkpoint`)."
     )
 

@@ -14,7 +14,6 @@ from diffsynth.models.wan_video_animate_adapter import Generator as MotionEncode
 from diffsynth.models.wan_video_image_encoder import VisionTransformer
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import CausalConv3d, Resample, ResidualBlock, VideoVAE38_, VideoVAE_
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
 from tokenizers.trainers import UnigramTrainer
@@ -32,6 +31,7 @@ from wan_accel.models.variants import (
     Variant,
     get_variant,
 )
+from wan_accel.original_files import write_config, write_shards
 
 DIM, NUM_HEADS, NUM_LAYERS, FFN_DIM, FREQ_DIM = 96, 8, 6, 192, 64
 TEXT_DIM, CLIP_DIM, VAE_DIM, NUM_TOKENS = 64, 64, 8, 800
@@ -96,19 +96,11 @@ def _write_dit(variant: Variant, folder: Path) -> None:
     tensors = dict(dit.state_dict())
     if variant.has_animate_adapter:
         tensors |= _animate_tensors(size)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_shards({name: tensor.contiguous() for name, tensor in tensors.items()}, folder)
-    config = {
-        "_class_name": "WanAnimateModel" if variant.has_animate_adapter else "WanModel",
-        "_diffusers_version": "0.30.0",
-        "model_type": variant.model_type,
-        "text_len": TEXT_LENGTH,
-        **{
-            name: getattr(size, name)
-            for name in ("dim", "eps", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim")
-        },
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    names = sorted(tensors)
+    half = -(-len(names) // NUM_SHARDS)
+    shards = [names[start : start + half] for start in range(0, len(names), half)]
+    write_shards(folder, shards, tensors.__getitem__, {})
+    write_config(folder, variant, size)
 
 
 def _animate_tensors(size: DitSize) -> dict[str, Tensor]:
@@ -140,20 +132,6 @@ def _calibrate_motion(encoder: MotionEncoder) -> None:
     std, mean = torch.std_mean(coordinates, dim=0)
     last.weight.div_(std[:, None])
     last.bias.sub_(mean).div_(std)
-
-
-def _write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
-    names = sorted(tensors)
-    half = -(-len(names) // NUM_SHARDS)
-    weight_map: dict[str, str] = {}
-    for shard in range(NUM_SHARDS):
-        file = f"diffusion_pytorch_model-{shard + 1:05d}-of-{NUM_SHARDS:05d}.safetensors"
-        chosen = names[shard * half : (shard + 1) * half]
-        save_file({name: tensors[name] for name in chosen}, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(chosen, file)
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 @torch.no_grad()

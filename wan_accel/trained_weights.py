@@ -3,18 +3,19 @@
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from wan_accel.checkpoint import Manifest, read_manifest, read_trained, trained_by_expert
-from wan_accel.lora_files import deltas, lora_layers
+from wan_accel.checkpoint import Manifest, open_trained, read_manifest
+from wan_accel.lora_files import LoraLayer, deltas, lora_layers
 from wan_accel.models.derived_readers import DerivedReader, MergedReader
 from wan_accel.models.errors import CheckpointError
 from wan_accel.models.reader import CheckpointReader
 from wan_accel.models.variants import BOTH
 
 
-def trained_reader(checkpoint: Path, base: CheckpointReader, *, variant: str, expert: str) -> CheckpointReader:
+def trained_reader(
+    checkpoint: Path, base: CheckpointReader, *, variant: str, expert: str, ema: bool = False
+) -> CheckpointReader:
     """The weights that a checkpoint stands for.
 
     A LoRA is added to the base's weights in fp32; tensors of full training replace the base's.
@@ -24,9 +25,10 @@ def trained_reader(checkpoint: Path, base: CheckpointReader, *, variant: str, ex
         base: what the run started from.
         variant: the recipe's variant.
         expert: the expert to read.
+        ema: take the moving averages of what was trained.
 
     Raises:
-        ValueError: it trains another variant or expert, or does not fit the base.
+        ValueError: it trains another variant or expert, has no moving average, or does not fit the base.
     """
     manifest = read_manifest(checkpoint)
     if manifest.variant != variant or manifest.expert not in (expert, BOTH):
@@ -35,18 +37,17 @@ def trained_reader(checkpoint: Path, base: CheckpointReader, *, variant: str, ex
             f"expert of {variant}: use the recipe of that run, or set model.expert"
         )
     if manifest.method == "full":
-        return TrainedReader(base, checkpoint, manifest, expert)
-    trained = trained_by_expert(read_trained(checkpoint), manifest.expert)[expert]
-    return merged_reader(base, trained, manifest, checkpoint)
+        return TrainedReader(base, checkpoint, manifest, expert, ema=ema)
+    return MergedReader(base, deltas(trained_lora(checkpoint, manifest, expert, ema=ema)))
 
 
-def merged_reader(
-    base: CheckpointReader, trained: dict[str, Tensor], manifest: Manifest, checkpoint: Path
-) -> MergedReader:
-    """A base with one expert's trained LoRA added to it, in fp32."""
+def trained_lora(checkpoint: Path, manifest: Manifest, expert: str, *, ema: bool = False) -> dict[str, LoraLayer]:
+    """An expert's LoRA in a checkpoint, by original module names."""
     assert manifest.lora is not None
-    layers, _ = lora_layers(trained, checkpoint, scale=manifest.lora["lora_alpha"] / manifest.lora["r"])
-    return MergedReader(base, deltas(layers))
+    read = open_trained(checkpoint, manifest, ema=ema)
+    prefix = _prefix(manifest, expert)
+    trained = {name: read(prefix + name) for name in _shapes(manifest, prefix)}
+    return lora_layers(trained, checkpoint, scale=manifest.lora["lora_alpha"] / manifest.lora["r"])[0]
 
 
 def _prefix(manifest: Manifest, expert: str) -> str:
@@ -54,40 +55,41 @@ def _prefix(manifest: Manifest, expert: str) -> str:
     return f"{expert}." if manifest.expert == BOTH else ""
 
 
-class TrainedReader(DerivedReader):
-    """A base checkpoint with a full run's tensors in place of its own.
+def _shapes(manifest: Manifest, prefix: str) -> dict[str, tuple[int, ...]]:
+    """The tensors under a prefix, by their names in one denoiser."""
+    return {
+        name.removeprefix(prefix): tuple(shape) for name, shape in manifest.trained.items() if name.startswith(prefix)
+    }
 
-    A process holds one tensor at a time, except for checkpoints of ZeRO-3: DeepSpeed reads those whole.
+
+class TrainedReader(DerivedReader):
+    """A base checkpoint with a full run's tensors, or their moving averages, in place of its own.
+
+    A process holds one tensor at a time, whatever the engine.
 
     Raises:
         CheckpointError: the run trained tensors that the base does not have, or of another shape.
     """
 
-    def __init__(self, base: CheckpointReader, checkpoint: Path, manifest: Manifest, expert: str) -> None:
+    def __init__(
+        self, base: CheckpointReader, checkpoint: Path, manifest: Manifest, expert: str, *, ema: bool = False
+    ) -> None:
         super().__init__(base)
         self._prefix = _prefix(manifest, expert)
-        self._checkpoint = checkpoint
-        self._trained = {
-            name.removeprefix(self._prefix): tuple(shape)
-            for name, shape in manifest.trained.items()
-            if name.startswith(self._prefix)
-        }
+        self._trained = _shapes(manifest, self._prefix)
         wrong = [name for name, shape in self._trained.items() if self.shapes.get(name) != shape]
         if wrong:
             raise CheckpointError(
                 f"{len(wrong)} of {len(self._trained)} tensors of {checkpoint} do not fit {base.folder}, e.g. "
                 f"{wrong[0]}: set model.checkpoint to what the run started from"
             )
-        self._whole = read_trained(checkpoint) if manifest.engine == "zero3" else None
+        self._read_trained = open_trained(checkpoint, manifest, ema=ema)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32 if name in self._trained else super().dtype(name)
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         if name not in self._trained:
             return super().read(name, rows)
-        tensor = self._whole[self._prefix + name] if self._whole is not None else self._read_one(name)
+        tensor = self._read_trained(self._prefix + name)
         return tensor if rows is None else tensor[rows]
-
-    def _read_one(self, name: str) -> Tensor:
-        full_name = self._prefix + name
-        state = {"model": {full_name: torch.empty(self._trained[name])}}
-        dcp.load(state, checkpoint_id=str(self._checkpoint / "model"), no_dist=True)
-        return state["model"][full_name]
