@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from preprocessing.figures import FIGURES
 from preprocessing.masks import blacken
@@ -13,11 +13,11 @@ from preprocessing.overlay import MASK_COLOR
 from preprocessing.skeleton import draw_poses
 from preprocessing.types import Frames
 from wan_accel.data.clips import Clip
+from wan_accel.sheet_text import INK, PALE, PAPER, font, shortened
 
 NUM_COLUMNS = 6
 _TILE_HEIGHT = 224
 _GAP, _LABEL_WIDTH, _HEADER_HEIGHT = 6, 112, 106
-_INK, _PALE, _PAPER = (24, 26, 30), (110, 115, 125), (250, 250, 248)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -37,12 +37,12 @@ def contact_sheet(clip: Clip, row: Mapping[str, Any]) -> Image.Image:
     tiles = [[_fit(picture, column) for picture in sheet_row.pictures] for sheet_row in rows]
     heights = [max(tile.height for tile in line) for line in tiles]
     size = _LABEL_WIDTH + len(steps) * (column + _GAP), _HEADER_HEIGHT + sum(heights) + len(rows) * _GAP
-    sheet = Image.new("RGB", size, _PAPER)
+    sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
     _draw_header(draw, clip, row, steps, column)
     top = _HEADER_HEIGHT
     for sheet_row, line, height in zip(rows, tiles, heights):
-        draw.text((10, top + height // 2 - 8), sheet_row.label, fill=_INK, font=_font(15))
+        draw.text((10, top + height // 2 - 8), sheet_row.label, fill=INK, font=font(15))
         for number, tile in enumerate(line):
             sheet.paste(tile, (_LABEL_WIDTH + number * (column + _GAP) + (column - tile.width) // 2, top))
         top += height + _GAP
@@ -80,36 +80,22 @@ def _draw_header(draw: ImageDraw.ImageDraw, clip: Clip, row: Mapping[str, Any], 
     facts = [row.get("purpose"), f"{row['num_frames']} frames", picture, f"{row['fps']:g} fps"]
     quality = [f"{FIGURES[name].label} {value:{FIGURES[name].format}}" for name, value in _known(row)]
     lines = (
-        (clip.clip_id, _INK, 17),
-        (f"“{row['caption']}”" if row["caption"] else "no caption", _INK, 14),
-        (" · ".join(str(fact) for fact in facts if fact), _PALE, 12),
-        (" · ".join(quality), _PALE, 12),
+        (clip.clip_id, INK, 17),
+        (f"“{row['caption']}”" if row["caption"] else "no caption", INK, 14),
+        (" · ".join(str(fact) for fact in facts if fact), PALE, 12),
+        (" · ".join(quality), PALE, 12),
     )
     top = 6
     for text, color, size in lines:
-        draw.text((10, top), _shortened(text, width, size), fill=color, font=_font(size))
+        draw.text((10, top), shortened(text, width, size), fill=color, font=font(size))
         top += size + 6
     for number, step in enumerate(steps):
         seconds = row["timestamps"][step] - row["timestamps"][0]
         left = _LABEL_WIDTH + number * (column + _GAP)
-        draw.text((left + 2, _HEADER_HEIGHT - 16), f"{seconds:.2f} s", fill=_PALE, font=_font(12))
+        draw.text((left + 2, _HEADER_HEIGHT - 16), f"{seconds:.2f} s", fill=PALE, font=font(12))
 
 
 def _known(row: Mapping[str, Any]) -> list[tuple[str, float]]:
     """The figures that the clip has and that this version knows."""
     quality = row.get("quality") or {}
     return [(name, quality[name]) for name in FIGURES if quality.get(name) is not None]
-
-
-def _shortened(text: str, width: int, size: int) -> str:
-    """Cut a line off where the sheet ends."""
-    font = _font(size)
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + " …") > width:
-        text = text[:-1]
-    return text.rstrip() + " …"
-
-
-def _font(size: int) -> Any:
-    return ImageFont.load_default(size)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from preprocessing.hub import HubError, HubUnreachable, reaching_hub
 from preprocessing.released_models import (
     RECORD_FILE,
     RELEASED,
@@ -19,6 +18,7 @@ from preprocessing.released_models import (
     write_record,
 )
 from preprocessing.video import sha256_file
+from wan_accel.hub import HubError, HubUnreachable, reaching_hub
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

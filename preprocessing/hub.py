@@ -1,45 +1,12 @@
 """A clips dataset on a hub: pushed as the folder that `export --layout parquet` makes, fetched as one."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from preprocessing.export_parquet import DATA_FOLDER
 from wan_accel.data.store import RUN_FILE
+from wan_accel.hub import HubError, make_repository, reaching_hub
 
 _OURS = [RUN_FILE, f"{DATA_FOLDER}/.*"]  # for resuming an export: no part of the dataset
-
-
-class HubError(ValueError):
-    """What a hub would not do: what was asked, what it answered, what to do."""
-
-
-class HubUnreachable(HubError):
-    """A hub that does not answer, or must not be asked (HF_HUB_OFFLINE)."""
-
-
-@contextmanager
-def reaching_hub(what: str) -> Iterator[None]:
-    """Turn every way in which a hub can fail into one sentence.
-
-    Raises HubError for what it answers, HubUnreachable where it does not; errors of the local disk pass.
-    """
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    # The base class of all errors of httpx or httpx2, whichever the installed version uses.
-    transport_error: type[Exception] = HfHubHTTPError.__mro__[1]
-    try:
-        yield
-    except HfHubHTTPError as error:
-        raise HubError(f"{what} ({_reason(error)}); HF_TOKEN says who asks") from error
-    except (transport_error, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise HubUnreachable(f"{what} ({_reason(error)}); HF_ENDPOINT names another hub") from error
-
-
-def _reason(error: Exception) -> str:
-    """The first lines of a hub's message: what went wrong, and with which address."""
-    lines = [line.strip(" .") for line in str(error).splitlines() if line.strip()]
-    return ". ".join(lines[:2]) or type(error).__name__
 
 
 def push(folder: Path, repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
@@ -61,9 +28,7 @@ def push(folder: Path, repo_id: str, *, private: bool = False, revision: str | N
 
     api = HfApi()
     with reaching_hub(f"{repo_id} at {api.endpoint} cannot be pushed to"):
-        api.create_repo(repo_id, repo_type="dataset", private=private or None, exist_ok=True)
-        if private and not api.dataset_info(repo_id).private:
-            raise HubError(f"{repo_id} is there already and public: make it private on the hub, or leave --private out")
+        make_repository(repo_id, "dataset", private=private)
         if revision is not None:
             first = api.list_repo_commits(repo_id, repo_type="dataset")[-1].commit_id
             api.create_branch(repo_id, branch=revision, revision=first, repo_type="dataset", exist_ok=True)

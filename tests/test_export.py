@@ -244,6 +244,22 @@ def test_animate_with_the_face_adapter(tmp_path: Path, layout: str) -> None:
         torch.testing.assert_close(diffusers_output(transformer, inputs), ours(**inputs), **TOLERANCE)
 
 
+def test_a_card_names_the_adapter_only_for_its_layers(base: Path, tmp_path: Path) -> None:
+    """Layers of the DiT outside its blocks are the DiT's."""
+    tensors = lora_tensors(tiny_state("t2v-1.3b"), ["text_embedding.0", "head.head"])
+    path = export(write_run(tmp_path / "run", base, "t2v-1.3b", tensors), output=tmp_path / "x.safetensors")
+    card = path.with_suffix(".md").read_text()
+    assert "pipe.load_lora(pipe.dit, " in card and "animate_adapter" not in card
+
+
+def test_what_an_export_left_that_was_killed_is_not_touched(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.tmp").mkdir()
+    (tmp_path / "x.tmp" / "mine").write_text("mine")
+    with pytest.raises(ValueError, match=r"x\.tmp exists, which an export leaves that was killed or is still running"):
+        export(run, output=tmp_path / "x")
+    assert (tmp_path / "x.tmp" / "mine").read_text() == "mine"
+
+
 def test_what_cannot_be_exported(base: Path, run: Path, trained: dict[str, Tensor], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no moving average: train with method\.ema"):
         export(run, ema=True, output=tmp_path / "x")

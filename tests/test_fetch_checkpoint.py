@@ -158,12 +158,43 @@ def test_an_export_is_pushed_with_its_card(hub: Hub, tmp_path: Path) -> None:
     ].keys()
 
 
-def test_an_export_outlives_an_upload_that_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_an_upload_that_fails_is_tried_again_without_another_export(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    base = write_checkpoint(tmp_path / "base", "t2v-1.3b")
+    base, out = write_checkpoint(tmp_path / "base", "t2v-1.3b"), tmp_path / "x"
     run = write_run(tmp_path / "run", base, "t2v-1.3b", lora_tensors(tiny_state("t2v-1.3b"), ["blocks.0.ffn.0"]))
+    exporting = ["export", str(run), "--output", str(out), "--private"]
+    for name, reason in ({"me/": "'me/' is no name of a repository", "lora": "give OWNER/NAME"}).items():
+        assert main([*exporting, "--push-to-hub", name]) == 2
+        assert reason in capsys.readouterr().err and not out.exists()
+    assert main(exporting) == 2
+    assert "--private is of the repository that --push-to-hub names" in capsys.readouterr().err
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert main(["export", str(run), "--output", str(tmp_path / "x"), "--push-to-hub", "me/lora"]) == 2
-    assert "x is written, but me/lora at" in capsys.readouterr().err
-    assert (tmp_path / "x" / "README.md").is_file()
+    assert main([*exporting, "--push-to-hub", "me/lora"]) == 2
+    message, _, again = capsys.readouterr().err.strip().partition(". To try again: wan-accel ")
+    assert "x is written, but me/lora at" in message
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert main(again.split()) == 0
+    assert capsys.readouterr().out.strip() == f"{hub.url}/me/lora"
+    repository = hub.repositories["models", "me/lora"]
+    assert repository.private
+    files = repository.commits[repository.branches["main"]]
+    written = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert {name: files[name] for name in written} == written
+    hub.requests.clear()
+    assert main(again.split()) == 0
+    assert not hub.asked("PUT", "/objects/")  # nothing is sent again
+
+
+def test_what_cannot_be_pushed(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for path in (tmp_path, tmp_path / "x.safetensors"):
+        assert main(["push", str(path), "me/x"]) == 2
+        assert f"{path} is no export" in capsys.readouterr().err
+    (tmp_path / "README.md").write_text("an export")
+    hub.add("models", "me/public", {})
+    assert main(["push", str(tmp_path), "me/public", "--private"]) == 2
+    assert "me/public is there already and public" in capsys.readouterr().err
+    hub.token = "hf_other"
+    assert main(["push", str(tmp_path), "me/x"]) == 2
+    (message,) = capsys.readouterr().err.strip().splitlines()
+    assert message.startswith(f"error: me/x at {hub.url} cannot be pushed to (") and "401" in message

@@ -12,8 +12,11 @@ HEAVY = ("torch", "deepspeed", "diffsynth", "transformers", "accelerate")
 # Modules that are networks of these libraries: imported in functions only, where such a network is asked for.
 NETWORKS = {"sam2_video": {"torch"}, "sam2_transformers": {"torch", "transformers"}, "flux": {"torch"}}
 CONTRACT = {"wan_accel.data", "wan_accel.data.schema", "wan_accel.data.store", "wan_accel.data.clips"}
-# What both sides need, and what must not differ: arithmetic on arrays, the language that chooses clips.
-SHARED = {"wan_accel.data.masks", "wan_accel.data.skeleton", "wan_accel.data.where"}
+# What both sides need, and what must not differ: arithmetic on arrays, the language that chooses clips, what a hub's
+# failures are called, the text on contact sheets.
+SHARED = {
+    "wan_accel.data.masks", "wan_accel.data.skeleton", "wan_accel.data.where", "wan_accel.hub", "wan_accel.sheet_text",
+}  # fmt: skip
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""The `wan-accel` command: recipes, check, download, init-tiny, export."""
+"""The `wan-accel` command: recipes, check, download, init-tiny, export, push."""
 
 import argparse
 import shutil
@@ -65,7 +65,14 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--output", type=Path, help="a folder, or a .safetensors file for one expert's LoRA")
     export.add_argument("--dtype", choices=["float32", "bfloat16"])
     export.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the export to this model repository too")
+    export.add_argument("--private", action="store_true", help="make that repository readable by its owner only")
     export.set_defaults(run=_export)
+
+    pushing = commands.add_parser("push", help="upload what export wrote to a model repository of a hub")
+    pushing.add_argument("path", type=Path, help="the export: a folder, or a .safetensors file with its .md beside")
+    pushing.add_argument("repo_id", metavar="OWNER/NAME")
+    pushing.add_argument("--private", action="store_true", help="make the repository readable by its owner only")
+    pushing.set_defaults(run=_push)
     return parser
 
 
@@ -127,9 +134,16 @@ def _export(arguments: argparse.Namespace) -> int:
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     path = export(
         arguments.path, layout=arguments.layout, output=arguments.output, dtype=dtype, merge=arguments.merge,
-        ema=arguments.ema, push_to_hub=arguments.push_to_hub,
+        ema=arguments.ema, push_to_hub=arguments.push_to_hub, private=arguments.private,
     )  # fmt: skip
     print(describe(path))
+    return 0
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    from wan_accel.push import push
+
+    print(push(arguments.path, arguments.repo_id, private=arguments.private))
     return 0
 
 

@@ -13,10 +13,11 @@ from wan_accel.export_check import read_back
 from wan_accel.export_full import check_space, tensor_bytes, write_full
 from wan_accel.export_lora import folded, write_lora, write_peft
 from wan_accel.export_plan import Export, default_output, metadata, plan_export
-from wan_accel.hub import CARD, card_of, push
+from wan_accel.hub import HubError
 from wan_accel.model_card import CardFile, model_card
 from wan_accel.models.reader import CheckpointReader
 from wan_accel.models.variants import BOTH
+from wan_accel.push import CARD, card_of, check_repo_id, push
 from wan_accel.recipe.schema import Model
 from wan_accel.trained_weights import trained_lora, trained_reader
 from wan_accel.weights import open_base
@@ -35,6 +36,7 @@ def export(
     merge: bool = False,
     ema: bool = False,
     push_to_hub: str | None = None,
+    private: bool = False,
 ) -> Path:
     """Export a checkpoint, or the newest one of a run.
 
@@ -47,14 +49,20 @@ def export(
         merge: write the base with the LoRA in it, as full weights.
         ema: export the moving averages of the weights.
         push_to_hub: `owner/name` of a model repository that the export is uploaded to as well.
+        private: make that repository readable by its owner only.
 
     Returns:
         What was written.
 
     Raises:
-        ValueError: no complete checkpoint, a layout that does not fit the method, or an output that exists.
-        RuntimeError: the written tensors, read back by the tool they are meant for, differ from ours.
+        ValueError: no complete checkpoint, a layout that does not fit the method, an output that exists, a full disk.
+        HubError: the export is written and not uploaded; `wan_accel.push.push` tries again.
+        ReadBackError: the written tensors, read back by the tool they are meant for, differ from ours.
     """
+    if push_to_hub is not None:
+        check_repo_id(push_to_hub)
+    elif private:
+        raise ValueError("--private is of the repository that --push-to-hub names: give both or neither")
     path = path.resolve()  # "." has no parent, where the run's recipe and exports are
     job = plan_export(find_checkpoint(path), layout, dtype, merge, ema)
     output = output or default_output(job)
@@ -62,8 +70,17 @@ def export(
     read_by = _write_in_place(job, output)
     logger.info("%s: read back by %s", output, read_by)
     if push_to_hub is not None:
-        logger.info("%s: uploaded to %s", output, push(output, push_to_hub))
+        _push(output, push_to_hub, private=private)
     return output
+
+
+def _push(output: Path, repo_id: str, *, private: bool) -> None:
+    try:
+        address = push(output, repo_id, private=private)
+    except HubError as error:
+        again = f"wan-accel push {output} {repo_id}{' --private' * private}"
+        raise type(error)(f"{output} is written, but {error}. To try again: {again}") from error
+    logger.info("%s: uploaded to %s", output, address)
 
 
 def _check_output(job: Export, output: Path) -> None:
@@ -72,13 +89,22 @@ def _check_output(job: Export, output: Path) -> None:
         raise ValueError(f"{output}: this export is a folder, give --output a folder's name")
     for written in (output, card_of(output)) if is_file else (output,):
         if written.exists():
-            raise ValueError(f"{written} exists: remove it or choose another --output")
+            raise ValueError(f"{written} exists: remove it or choose another --output (`wan-accel push` uploads it)")
+    if _temporary(output).exists():
+        raise ValueError(
+            f"{_temporary(output)} exists, which an export leaves that was killed or is still running: see that none "
+            "is and remove it, or choose another --output"
+        )
+
+
+def _temporary(output: Path) -> Path:
+    """The folder beside that an export is written to until it is whole."""
+    return output.with_name(f"{output.name}.tmp")
 
 
 def _write_in_place(job: Export, output: Path) -> str:
     """Write into a folder beside and rename it, or take the file and the card out of it, when all is read back."""
-    temporary = output.with_name(output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _temporary(output)
     temporary.mkdir(parents=True)
     try:
         read_by = _write(job, temporary, output.name if output.suffix == FILE else None)

@@ -1,22 +1,23 @@
-"""Talk to a hub: its failures as one sentence, uploads of exports."""
+"""Talk to a hub: its failures as one sentence, repositories to push to. Torch-free."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-
-CARD = "README.md"
+from typing import Literal
 
 
 class HubError(ValueError):
     """What a hub would not do: what was asked, what it answered, what to do."""
 
 
+class HubUnreachable(HubError):
+    """A hub that does not answer, or must not be asked (HF_HUB_OFFLINE)."""
+
+
 @contextmanager
 def reaching_hub(what: str) -> Iterator[None]:
-    """Turn every way in which a hub can fail into one sentence; errors of the local disk pass.
+    """Turn every way in which a hub can fail into one sentence.
 
-    Raises:
-        HubError: the hub refuses, does not answer, or must not be asked.
+    Raises HubError for what it answers, HubUnreachable where it does not; errors of the local disk pass.
     """
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -27,36 +28,29 @@ def reaching_hub(what: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise HubError(f"{what} ({_reason(error)}); HF_TOKEN says who asks") from error
     except (transport_error, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise HubError(f"{what} ({_reason(error)}); HF_ENDPOINT names another hub") from error
+        raise HubUnreachable(f"{what} ({_reason(error)}); HF_ENDPOINT names another hub") from error
 
 
 def _reason(error: Exception) -> str:
+    """The first lines of a hub's message: what went wrong, and with which address."""
     lines = [line.strip(" .") for line in str(error).splitlines() if line.strip()]
     return ". ".join(lines[:2]) or type(error).__name__
 
 
-def card_of(output: Path) -> Path:
-    """The model card of an export: in its folder, or beside its file."""
-    return output.with_suffix(".md") if output.suffix == ".safetensors" else output / CARD
+def make_repository(repo_id: str, repo_type: Literal["model", "dataset"], *, private: bool) -> None:
+    """Make a repository to push to, if it is not there.
 
-
-def push(output: Path, repo_id: str) -> str:
-    """Upload an export, a folder or a file with its card, to a model repository; returns its address.
-
-    The repository is made if need be. The export stays where it is, so the upload can be tried again.
+    Args:
+        repo_id: `owner/name`.
+        repo_type: what it is for.
+        private: readable by its owner only; otherwise as the owner's repositories are.
 
     Raises:
-        HubError: the hub refuses or cannot be reached.
+        HubError: it is there already and public where private was asked for.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import HfApi
 
-    api, message = HfApi(), "Add an export of wan-accel"
-    with reaching_hub(f"{output} is written, but {repo_id} at {api.endpoint} cannot be pushed to"):
-        api.create_repo(repo_id, exist_ok=True)
-        if output.is_dir():
-            api.upload_folder(repo_id=repo_id, folder_path=output, commit_message=message)
-        else:
-            files = {output.name: output, CARD: card_of(output)}
-            operations = [CommitOperationAdd(name, path) for name, path in files.items()]
-            api.create_commit(repo_id, operations, commit_message=message)
-    return f"{api.endpoint}/{repo_id}"
+    api = HfApi()
+    api.create_repo(repo_id, repo_type=repo_type, private=private or None, exist_ok=True)
+    if private and not api.repo_info(repo_id, repo_type=repo_type).private:
+        raise HubError(f"{repo_id} is there already and public: make it private on the hub, or leave --private out")

@@ -15,9 +15,9 @@ from local_hub import hub_of_this_process
 from preprocessing import download as download_module
 from preprocessing.cli import main
 from preprocessing.download import check, download
-from preprocessing.hub import HubError
 from preprocessing.onnx_model import OnnxModel
 from preprocessing.released_models import RELEASED, REPOSITORY, find_models
+from wan_accel.hub import HubError
 
 DEMO = Path(__file__).parents[2] / "demo"
 POSE = RELEASED["pose"].path

@@ -8,9 +8,10 @@ from tiny_clips import clip_row, write_clips
 
 from preprocessing.cli import main
 from preprocessing.export_parquet import export_parquet
-from preprocessing.hub import HubError, HubUnreachable, fetch, push
+from preprocessing.hub import fetch, push
 from wan_accel.data import store
 from wan_accel.data.schema import CLIPS_SCHEMA
+from wan_accel.hub import HubError, HubUnreachable
 
 NAME = "me/walks"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from wan_accel.models.errors import CheckpointError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # First folders of relative paths, which have the form of a hub id: what the guide and the shipped recipes use.
 LOCAL_FOLDERS = ("checkpoints", "models", "output", "runs", "data")
 
@@ -16,7 +16,7 @@ def is_hub_id(checkpoint: str) -> bool:
     A path that exists, or whose folder does, is local; so is one that begins with `./`, `/` or a usual folder.
     """
     path = Path(checkpoint)
-    if path.exists() or not _HUB_ID.fullmatch(checkpoint):
+    if path.exists() or not HUB_ID.fullmatch(checkpoint):
         return False
     return path.parts[0] not in LOCAL_FOLDERS and not path.parent.is_dir()
 
