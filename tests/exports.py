@@ -49,8 +49,7 @@ def write_run(
     else:
         dcp.save({"model": trained}, checkpoint_id=str(checkpoint / "model"), no_dist=True)
     if ema is not None:
-        dcp.save({"ema": ema}, checkpoint_id=str(checkpoint / "ema"), no_dist=True)
-        (checkpoint / "ema" / "ema.json").write_text("{}")
+        write_ema(checkpoint, ema)
     manifest = Manifest(
         engine=engine, step=7, variant=variant, expert=expert, method=method, base=str(base),
         lora={"r": RANK, "lora_alpha": ALPHA, "target_modules": []} if method == "lora" else None,
@@ -60,6 +59,12 @@ def write_run(
     if recipe is not None:
         (run / "recipe.yaml").write_text(recipe)
     return run
+
+
+def write_ema(checkpoint: Path, ema: dict[str, Tensor]) -> None:
+    """Moving averages of what a checkpoint holds."""
+    dcp.save({"ema": ema}, checkpoint_id=str(checkpoint / "ema"), no_dist=True)
+    (checkpoint / "ema" / "ema.json").write_text("{}")
 
 
 def write_zero(folder: Path, trained: dict[str, Tensor], num_ranks: int = 2) -> None:

@@ -1,10 +1,12 @@
 """Runs on a checkpoint from the hub's cache that go on from exports of one another: the loss goes on too."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from exports import write_ema
 from tiny_clips import clip_row, write_clips
 
 sys.path.insert(0, str(Path(__file__).parent / "preprocessing"))  # the hub is shared with the tests there
@@ -12,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent / "preprocessing"))  # the hub is s
 from local_hub import hub_of_this_process
 
 from wan_accel import cache, evaluate, train
+from wan_accel.checkpoint import read_trained
 from wan_accel.cli import main
 from wan_accel.export import export
 from wan_accel.tiny import init_tiny
@@ -96,3 +99,21 @@ def test_evaluation_takes_a_lora_of_any_layout(root: Path, capsys: pytest.Captur
     assert evaluate.main([str(root / "recipe.yaml"), "--lora", str(path)]) == 0
     loss = json.loads(capsys.readouterr().out.splitlines()[-1])["eval_loss"]
     assert loss == pytest.approx(losses(root / "run")[3], rel=1e-5)
+
+
+def test_evaluation_takes_moving_averages(root: Path, capsys: pytest.CaptureFixture) -> None:
+    recipe, run = str(root / "recipe.yaml"), root / "run"
+    assert evaluate.main([recipe, "--checkpoint", str(run), "--ema"]) == 2
+    assert "checkpoint-3 has no moving average: train with method.ema" in capsys.readouterr().err
+    assert evaluate.main([recipe, "--ema"]) == 2
+    assert "--ema is of a run's checkpoint: give --checkpoint too" in capsys.readouterr().err
+    shutil.copytree(run / "checkpoint-3", root / "averaged" / "checkpoint-3")
+    # Averages of adapters that do nothing: the losses are then those of the base.
+    write_ema(
+        root / "averaged" / "checkpoint-3",
+        {name: tensor * (".lora_A." in name) for name, tensor in read_trained(run / "checkpoint-3").items()},
+    )
+    arguments = [recipe, "--checkpoint", str(root / "averaged"), "--ema"]
+    assert evaluate.main(arguments) == 0
+    loss = json.loads(capsys.readouterr().out.splitlines()[-1])["eval_loss"]
+    assert loss == pytest.approx(losses(run)[0], rel=1e-5) != losses(run)[3]

@@ -40,8 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         recipe = load_recipe(arguments.recipe, [*arguments.overrides, *OVERRIDES])
         metrics = evaluate(
-            recipe, checkpoint=arguments.checkpoint, lora=arguments.lora, samples=_samples_folder(arguments)
-        )
+            recipe, checkpoint=arguments.checkpoint, lora=arguments.lora, ema=arguments.ema,
+            samples=_samples_folder(arguments),
+        )  # fmt: skip
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", type=Path, help="a run's output_dir (its newest checkpoint) or checkpoint-N")
     weights.add_argument("--lora", type=Path, help="a LoRA of any layout, merged into the base weights")
+    parser.add_argument("--ema", action="store_true", help="the moving averages of the checkpoint's weights")
     parser.add_argument("--sample", action="store_true", help="draw videos too, as validation.sample says")
     parser.add_argument("--samples", type=Path, help="folder for them (output_dir/samples/<name of the weights>)")
     parser.add_argument("--output", type=Path, help="write the JSON to this file as well")
@@ -71,7 +73,12 @@ def _samples_folder(arguments: argparse.Namespace) -> Path | None:
 
 
 def evaluate(
-    recipe: Recipe, *, checkpoint: Path | None = None, lora: Path | None = None, samples: Path | None = None
+    recipe: Recipe,
+    *,
+    checkpoint: Path | None = None,
+    lora: Path | None = None,
+    ema: bool = False,
+    samples: Path | None = None,
 ) -> dict[str, float]:
     """Losses over the recipe's validation draws. Collective; the main rank gets them, others nothing.
 
@@ -79,6 +86,7 @@ def evaluate(
         recipe: with `validation.every_steps`.
         checkpoint: a run's checkpoint or output_dir.
         lora: an exported LoRA, instead of a checkpoint.
+        ema: take the checkpoint's moving averages instead of its weights.
         samples: folder to write videos to; an empty path means `output_dir/samples/<name of the weights>`.
 
     Raises:
@@ -90,17 +98,22 @@ def evaluate(
         raise ValueError("validation.every_steps is 0, so the recipe has no validation draws: set it, e.g. to 100")
     if checkpoint is not None:
         checkpoint = find_checkpoint(checkpoint)
-    trainer = build_trainer(recipe, _readers(recipe, checkpoint, lora))
+    elif ema:
+        raise ValueError("--ema is of a run's checkpoint: give --checkpoint too (an export with --ema holds averages)")
+    trainer = build_trainer(recipe, _readers(recipe, checkpoint, lora, ema=ema))
     metrics = as_metrics(fixed_losses(trainer, trainer.eval_draws))
     if samples is not None:
         weights = checkpoint or lora or resolve_checkpoint(recipe.model.checkpoint, recipe.model.revision)
-        _draw_videos(trainer, recipe, samples if samples != Path() else _default_folder(trainer, weights))
+        default = trainer.output_dir / "samples" / (weights.name.removesuffix(".safetensors") + "-ema" * ema)
+        _draw_videos(trainer, recipe, samples if samples != Path() else default)
     if not trainer.is_world_process_zero():
         return {}
     return {**metrics, "num_draws": len(trainer.eval_draws)}
 
 
-def _readers(recipe: Recipe, checkpoint: Path | None, lora: Path | None) -> dict[str, CheckpointReader]:
+def _readers(
+    recipe: Recipe, checkpoint: Path | None, lora: Path | None, *, ema: bool
+) -> dict[str, CheckpointReader]:
     """The weights of each expert that the recipe names."""
     variant = get_variant(recipe.variant)
     experts = variant.trained_experts(recipe.model.expert)
@@ -110,15 +123,11 @@ def _readers(recipe: Recipe, checkpoint: Path | None, lora: Path | None) -> dict
     for expert in experts:
         reader = open_base(recipe.model, variant, expert.name)
         if checkpoint is not None:
-            reader = trained_reader(checkpoint, reader, variant=variant.name, expert=expert.name)
+            reader = trained_reader(checkpoint, reader, variant=variant.name, expert=expert.name, ema=ema)
         elif lora is not None:
             reader = fuse(reader, FusedLora(path=str(lora)), variant, expert.name)
         readers[expert.name] = reader
     return readers
-
-
-def _default_folder(trainer: WanTrainer, weights: Path) -> Path:
-    return trainer.output_dir / "samples" / weights.name.removesuffix(".safetensors")
 
 
 def _draw_videos(trainer: WanTrainer, recipe: Recipe, folder: Path) -> None:
