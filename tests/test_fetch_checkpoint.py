@@ -96,6 +96,25 @@ def test_files_that_are_missing_or_damaged_are_named(
         download(recipe("me/tuned"))
 
 
+@pytest.mark.parametrize("place", ["cache", "folder"])
+def test_only_what_is_missing_counts(
+    hub: Hub, released: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    asked = recipe(REPOSITORY if place == "cache" else tmp_path / "x")
+    folder = download(asked)
+    whole, lost = sum(map(len, released.values())), max(released, key=lambda name: len(released[name]))
+    (folder / lost).resolve().unlink()
+    (folder / lost).unlink(missing_ok=True)  # a link into the cache
+    usage = type(shutil.disk_usage(tmp_path))(10**9, 0, len(released[lost]))
+    monkeypatch.setattr("wan_accel.disk.shutil.disk_usage", lambda path: usage)
+    with caplog.at_level("INFO"):
+        download(asked)
+    needed = f"1 of {len(released)} files are to be fetched, {len(released[lost]) / 1e9:.2f} of {whole / 1e9:.2f} GB"
+    assert needed in caplog.text
+    assert (folder / lost).read_bytes() == released[lost]
+
+
 def test_a_full_disk_is_seen_before(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type(shutil.disk_usage(tmp_path))(10**9, 10**9 - 10, 10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

@@ -1,6 +1,7 @@
 """The `wan-accel` command: recipes, check, download, init-tiny, export, push."""
 
 import argparse
+import logging
 import shutil
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if overrides and arguments.run not in (_check, _download):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     arguments.overrides = overrides
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("wan_accel").setLevel(logging.INFO)  # and of what it uses, warnings
     try:
         return arguments.run(arguments)
     except (ValueError, OSError) as error:

@@ -1,15 +1,22 @@
 """Fetch from a hub exactly the checkpoint files that a recipe needs, and open them once they are there."""
 
+import logging
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from wan_accel.disk import free_bytes
 from wan_accel.hub import HubError, reaching_hub
 from wan_accel.models.hub import is_hub_id
-from wan_accel.models.layouts import DIFFUSERS_FOLDERS
+from wan_accel.models.layouts import DIFFUSERS_FOLDERS, TOKENIZER, encoder_folder, is_diffusers
 from wan_accel.models.variants import TOKENIZER_FOLDER, Expert, Variant, get_variant
 from wan_accel.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+
+logger = logging.getLogger(__name__)
 
 _DIT_FILE = r"(config\.json|diffusion_pytorch_model[^/]*\.(safetensors|json))"
 
@@ -32,6 +39,7 @@ def download(recipe: Recipe, *, output: Path | None = None) -> Path:
         ValueError: the disk is too small, or a file does not open.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     variant, checkpoint = get_variant(recipe.variant), recipe.model.checkpoint
     from_hub = is_hub_id(checkpoint)
@@ -42,11 +50,12 @@ def download(recipe: Recipe, *, output: Path | None = None) -> Path:
     api, revision = HfApi(), recipe.model.revision
     asked = f"{repo_id}{f' at revision {revision}' if revision else ''} at {api.endpoint}"
     with reaching_hub(f"{asked} cannot be fetched"):
-        siblings = api.model_info(repo_id, revision=revision, files_metadata=True).siblings or []
-    sizes = {sibling.rfilename: sibling.size or 0 for sibling in siblings}
+        info = api.model_info(repo_id, revision=revision, files_metadata=True)
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
     experts = variant.trained_experts(recipe.model.expert)
     files = needed_files(list(sizes), variant, experts, repo_id)
-    _check_space(target, {name: sizes[name] for name in files})
+    missing = [name for name in files if not _is_there(info, name, sizes[name], target)]
+    _check_space(target or Path(HF_HUB_CACHE), {name: sizes[name] for name in files}, missing)
     with reaching_hub(f"{asked} broke off; the same command goes on"):
         folder = Path(api.snapshot_download(repo_id, revision=revision, local_dir=target, allow_patterns=files))
     _open(folder, variant, experts)
@@ -59,7 +68,7 @@ def needed_files(names: Sequence[str], variant: Variant, experts: Sequence[Exper
     Raises:
         HubError: the repository lacks some; all kinds that it lacks.
     """
-    patterns = _patterns(variant, experts, is_diffusers=any(name.startswith("transformer/") for name in names))
+    patterns = _patterns(variant, experts, diffusers=is_diffusers(names))
     found = {what: [name for name in names if re.fullmatch(pattern, name)] for what, pattern in patterns.items()}
     absent = [f"{what} ({patterns[what]})" for what, files in found.items() if not files]
     if absent:
@@ -67,32 +76,39 @@ def needed_files(names: Sequence[str], variant: Variant, experts: Sequence[Exper
     return sorted({name for files in found.values() for name in files})
 
 
-def _patterns(variant: Variant, experts: Sequence[Expert], *, is_diffusers: bool) -> dict[str, str]:
+def _patterns(variant: Variant, experts: Sequence[Expert], *, diffusers: bool) -> dict[str, str]:
     """What is needed -> a pattern of its files."""
-    from wan_accel.models.checkpoint_files import encoder_files
+    from wan_accel.models.checkpoint_files import TOKENIZER_FILE, encoder_files
 
-    if is_diffusers:
-        kinds = {"VAE": "vae", "text encoder": "text_encoder", "tokenizer": "tokenizer"}
-        kinds |= {"image encoder": "image_encoder"} if variant.dit.clip_dim is not None else {}
+    encoders = {name for files in encoder_files(variant).values() for name in files} - {TOKENIZER_FILE}
+    if diffusers:
+        kinds = {name: name for name in (TOKENIZER, *map(encoder_folder, encoders))}
         kinds |= {f"DiT ({expert.name})": DIFFUSERS_FOLDERS[expert.name] for expert in experts}
         return {what: rf"{folder}/[^/]+\.(safetensors|json|model|txt)" for what, folder in kinds.items()}
     dit = {f"DiT ({e.name})": re.escape(f"{e.folder}/" if e.folder else "") + _DIT_FILE for e in experts}
-    encoders = {name for files in encoder_files(variant).values() for name in files}
     return {**dit, **{name: re.escape(name) for name in encoders}, "tokenizer": rf"{TOKENIZER_FOLDER}/[^/]+"}
 
 
-def _check_space(target: Path | None, sizes: dict[str, int]) -> None:
-    from huggingface_hub.constants import HF_HUB_CACHE
+def _is_there(info: "ModelInfo", name: str, size: int, target: Path | None) -> bool:
+    """Whether a file need not be fetched: it is in the folder, or else in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
 
-    place = (target or Path(HF_HUB_CACHE)).absolute()
-    there = {name for name in sizes if (place / name).is_file()}
-    needed = sum(size for name, size in sizes.items() if name not in there)
-    free = shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.is_dir())).free
+    if target is None:
+        return isinstance(try_to_load_from_cache(info.id, name, revision=info.sha), str)
+    return (target / name).is_file() and (target / name).stat().st_size == size
+
+
+def _check_space(place: Path, sizes: dict[str, int], missing: Sequence[str]) -> None:
+    """Say how much is to be fetched, after a look at what is free."""
+    needed, whole = sum(sizes[name] for name in missing), sum(sizes.values())
+    free = free_bytes(place)
     if needed > free:
         raise ValueError(
             f"{place}: {needed / 1e9:.2f} GB are to be fetched, {free / 1e9:.2f} GB are free: free some, or give "
             "another --output"
         )
+    counts = len(missing), len(sizes), needed / 1e9, whole / 1e9
+    logger.info("%s: %d of %d files are to be fetched, %.2f of %.2f GB", place, *counts)
 
 
 def _open(folder: Path, variant: Variant, experts: Sequence[Expert]) -> None:

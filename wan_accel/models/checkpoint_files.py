@@ -12,8 +12,8 @@ import xxhash
 from torch import Tensor
 
 from wan_accel.data.schema import LATENTS_SCHEMA
-from wan_accel.models.encoder_layouts import TOKENIZER, encoder_folder, read_diffusers_encoder
-from wan_accel.models.layouts import DIFFUSERS_FOLDERS
+from wan_accel.models.encoder_layouts import read_diffusers_encoder
+from wan_accel.models.layouts import TOKENIZER, encoder_folder, is_diffusers
 from wan_accel.models.loading import MOTION_ENCODER, CheckpointError, CheckpointReader, dit_folder
 from wan_accel.models.variants import CLIP_FILE, TEXT_ENCODER_FILE, TOKENIZER_FOLDER, Variant
 
@@ -21,11 +21,11 @@ TOKENIZER_FILE = f"{TOKENIZER_FOLDER}/tokenizer.json"
 _IDENTITY_BLOCKS, _IDENTITY_BLOCK_BYTES = 64, 1 << 16
 _PURPOSES = {
     TEXT_ENCODER_FILE: "encodes captions",
-    "text_encoder/": "encodes captions",
+    f"{encoder_folder(TEXT_ENCODER_FILE)}/": "encodes captions",
     TOKENIZER_FILE: "splits captions into tokens",
     f"{TOKENIZER}/": "splits captions into tokens",
     CLIP_FILE: "encodes reference pictures",
-    "image_encoder/": "encodes reference pictures",
+    f"{encoder_folder(CLIP_FILE)}/": "encodes reference pictures",
 }
 
 
@@ -47,11 +47,6 @@ def encoder_files(variant: Variant, checkpoint: Path | None = None) -> dict[str,
     return files
 
 
-def is_diffusers(checkpoint: Path) -> bool:
-    """Whether a folder is a repository in the diffusers layout."""
-    return (checkpoint / DIFFUSERS_FOLDERS["default"]).is_dir()
-
-
 def tokenizer_folder(checkpoint: Path) -> Path:
     return checkpoint / (TOKENIZER if is_diffusers(checkpoint) else TOKENIZER_FOLDER)
 
@@ -62,9 +57,9 @@ def _diffusers_files(variant: Variant, checkpoint: Path) -> dict[str, tuple[str,
     def names(file: str) -> tuple[str, ...]:
         if file == TOKENIZER_FILE:
             return (f"{TOKENIZER}/{Path(TOKENIZER_FILE).name}",)
-        folder = encoder_folder(checkpoint / file)
-        found = sorted(f"{folder.name}/{path.name}" for path in folder.glob("*.safetensors"))
-        return tuple(found) or (f"{folder.name}/*.safetensors",)
+        folder = encoder_folder(file)
+        found = sorted(f"{folder}/{path.name}" for path in (checkpoint / folder).glob("*.safetensors"))
+        return tuple(found) or (f"{folder}/*.safetensors",)
 
     original = encoder_files(variant)
     return {kind: tuple(name for file in files for name in names(file)) for kind, files in original.items()}
@@ -77,7 +72,7 @@ def read_encoder(file: Path) -> dict[str, Tensor]:
         CheckpointError: neither is there, or it is damaged.
     """
     if not file.exists() and is_diffusers(file.parent):
-        return read_diffusers_encoder(encoder_folder(file))
+        return read_diffusers_encoder(file.with_name(encoder_folder(file.name)))
     return read_pth(file)
 
 

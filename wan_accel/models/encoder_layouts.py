@@ -8,12 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wan_accel.models.layouts import encoder_folder
 from wan_accel.models.reader import CheckpointReader
 from wan_accel.models.variants import CLIP_FILE, TEXT_ENCODER_FILE
-
-# Folders of a diffusers repository, by the original file that each stands for; any VAE file is `vae`.
-_FOLDERS = {TEXT_ENCODER_FILE: "text_encoder", CLIP_FILE: "image_encoder"}
-TOKENIZER = "tokenizer"
 
 _Rename = Callable[[str], str]
 _Rules = tuple[tuple[str, str], ...]
@@ -60,11 +57,6 @@ _CLIP_RULES: _Rules = (
 )
 
 
-def encoder_folder(file: Path) -> Path:
-    """Where a diffusers repository keeps what Wan's own `file` holds."""
-    return file.with_name(_FOLDERS.get(file.name, "vae"))
-
-
 def read_diffusers_encoder(folder: Path) -> dict[str, Tensor]:
     """Read an encoder of a diffusers repository under the names of Wan's own file.
 
@@ -75,7 +67,8 @@ def read_diffusers_encoder(folder: Path) -> dict[str, Tensor]:
     """
     reader = CheckpointReader(folder)
     state = {name: reader.read(name) for name in reader.shapes}
-    return {"text_encoder": _text_encoder, "image_encoder": _clip}.get(folder.name, _vae)(state)
+    renamers = {encoder_folder(TEXT_ENCODER_FILE): _text_encoder, encoder_folder(CLIP_FILE): _clip}
+    return renamers.get(folder.name, _vae)(state)
 
 
 def _renamed(name: str, rules: _Rules) -> str:

@@ -8,6 +8,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+from wan_accel.models.variants import CLIP_FILE, TEXT_ENCODER_FILE
 
 Shape = tuple[int, ...]
 
@@ -24,6 +27,9 @@ PREFIXES = (
 )
 # Folders of a diffusers repository. WanPipeline runs `transformer` above the boundary, `transformer_2` below it.
 DIFFUSERS_FOLDERS = {"default": "transformer", "high": "transformer", "low": "transformer_2"}
+# What a diffusers repository has for an encoder file of the original layout; for any VAE file `vae`.
+_ENCODER_FOLDERS = {TEXT_ENCODER_FILE: "text_encoder", CLIP_FILE: "image_encoder"}
+TOKENIZER = "tokenizer"
 _DIFFUSERS_MARK = "condition_embedder."
 
 # Original module (or parameter) -> diffusers' one; # is the number of a block.
@@ -84,6 +90,19 @@ class Source:
 
     names: tuple[str, ...]
     shape: Shape
+
+
+def is_diffusers(checkpoint: Path | Iterable[str]) -> bool:
+    """Whether a folder, or the files of a repository by their names, are in the diffusers layout."""
+    folder = DIFFUSERS_FOLDERS["default"]
+    if isinstance(checkpoint, Path):
+        return (checkpoint / folder).is_dir()
+    return any(name.startswith(f"{folder}/") for name in checkpoint)
+
+
+def encoder_folder(file: str) -> str:
+    """The folder of a diffusers repository that holds what an encoder file of the original layout does."""
+    return _ENCODER_FOLDERS.get(file, "vae")
 
 
 def diffusers_modules(module: str) -> tuple[str, ...] | None:

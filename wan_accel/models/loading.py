@@ -18,7 +18,7 @@ from wan_accel.models.dit import (
     dit_size_from_shapes,
 )
 from wan_accel.models.errors import CheckpointError
-from wan_accel.models.layouts import DIFFUSERS_FOLDERS
+from wan_accel.models.layouts import DIFFUSERS_FOLDERS, is_diffusers
 from wan_accel.models.reader import (
     CheckpointReader,
     compare_tensors,
@@ -47,7 +47,7 @@ def dit_folder(checkpoint: Path, variant: Variant, expert: str) -> Path:
             f"model.checkpoint={checkpoint} is not a folder: download {variant.hub_id} there, or make a tiny one with "
             f"`wan-accel init-tiny {variant.name} {checkpoint}`"
         )
-    elif (checkpoint / "transformer").is_dir():
+    elif is_diffusers(checkpoint):
         found = checkpoint / DIFFUSERS_FOLDERS[expert]
     else:
         found = checkpoint / row.folder
