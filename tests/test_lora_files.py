@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wan_accel.lora import LoraSettings
-from wan_accel.lora_files import DIFFUSERS_METADATA, find_lora, read_lora
+from wan_accel.lora_files import DIFFUSERS_METADATA, find_lora, holds_pair, read_lora
 from wan_accel.lora_start import starting_adapter
 from wan_accel.models.errors import CheckpointError
 
@@ -126,6 +126,29 @@ def test_a_pair_is_told_apart_by_its_names(tmp_path: Path) -> None:
     assert find_lora(tmp_path, "low").name == "x_low_noise.safetensors"
     with pytest.raises(CheckpointError, match="no LoRA of the expert 'default' alone"):
         find_lora(tmp_path)
+
+
+def test_a_file_of_both_experts_is_read_for_the_one_that_is_asked_for(tmp_path: Path) -> None:
+    names = [f"blocks.0.attn1.to_q.lora_{half}.weight" for half in "AB"]
+    first, second = ({f"{part}.{name}": torch.full((2, 2), value) for name in names}
+                     for part, value in (("transformer", 1.0), ("transformer_2", 2.0)))  # fmt: skip
+    settings = {"transformer.r": 2, "transformer.lora_alpha": 6, "transformer_2.r": 2, "transformer_2.lora_alpha": 8}
+    path = tmp_path / "x.safetensors"
+    save_file(first | second, path, metadata={DIFFUSERS_METADATA: json.dumps(settings)})
+    assert holds_pair(path)
+    for expert, value, scale in (("high", 1, 3), ("low", 2, 4)):
+        layer = read_lora(find_lora(path, expert), expert).layers["blocks.0.self_attn.q"]
+        assert layer.scale == scale and torch.equal(layer.down, torch.full((2, 2), float(value)))
+    with pytest.raises(CheckpointError, match=r"holds both experts of a pair \(2 tensors of transformer, 2 of "):
+        read_lora(path)
+    save_file(second, path)
+    assert not holds_pair(path)
+    assert torch.equal(read_lora(path, "low").layers["blocks.0.self_attn.q"].down, torch.full((2, 2), 2.0))
+    with pytest.raises(CheckpointError, match=r"holds the low-noise expert of a pair .* high-noise one is asked"):
+        read_lora(path, "high")
+    save_file(first, path)  # how tools write a LoRA of either expert
+    for expert in ("default", "high", "low"):
+        assert torch.equal(read_lora(path, expert).layers["blocks.0.self_attn.q"].down, torch.full((2, 2), 1.0))
 
 
 def test_differences_are_kept_for_fusing_and_refused_as_a_start(tmp_path: Path) -> None:

@@ -150,6 +150,19 @@ def test_the_other_experts_lora_is_refused(base: Path, tmp_path: Path) -> None:
         fuse(CheckpointReader(base), FusedLora(path=str(tmp_path / "x_low_noise.safetensors")), variant, "high")
 
 
+def test_a_lora_that_says_another_variant_is_named(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {"blocks.0.ffn.0.diff_b": torch.ones(128)}
+    for said, warnings in (("t2v-1.3b", 0), ("animate-14b", 1)):
+        caplog.clear()
+        save_file(state, tmp_path / "x.safetensors", metadata={"variant": said})
+        open_weights(recipe(base, fuse_loras=[FusedLora(path=str(tmp_path / "x.safetensors"))]), "default", None)
+        messages = [record.message for record in caplog.records if record.levelname == "WARNING"]
+        assert len(messages) == warnings
+    assert "x.safetensors was trained on animate-14b and is put on t2v-1.3b: see that this is meant" in messages[0]
+
+
 def test_full_weights_are_no_lora_and_a_lora_no_full_weights(base: Path, tmp_path: Path) -> None:
     state = {name: tensor.contiguous() for name, tensor in tiny_state("t2v-1.3b").items()}
     save_file(state, tmp_path / "full.safetensors")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from wan_accel.assemble import launched_engine
 from wan_accel.checkpoint import find_checkpoint
+from wan_accel.lora_files import holds_pair
 from wan_accel.models.hub import resolve_checkpoint
 from wan_accel.models.reader import CheckpointReader
 from wan_accel.models.variants import get_variant
@@ -117,7 +118,7 @@ def _readers(
     """The weights of each expert that the recipe names."""
     variant = get_variant(recipe.variant)
     experts = variant.trained_experts(recipe.model.expert)
-    if lora is not None and len(experts) > 1:
+    if lora is not None and len(experts) > 1 and lora.exists() and not holds_pair(lora):
         raise ValueError(f"--lora {lora} holds one expert: set model.expert to the one it is for, or use --checkpoint")
     readers: dict[str, CheckpointReader] = {}
     for expert in experts:

@@ -3,7 +3,8 @@
 Layouts (X is an original module name such as `blocks.0.self_attn.q`, Y its diffusers name):
     diffsynth   X.lora_A.default.weight, X.lora_B.default.weight
     comfyui     diffusion_model.X.lora_A.weight (or lora_down / lora_up, with X.alpha)
-    diffusers   transformer.Y.lora_A.weight, rank and alpha in the file's metadata where it has any
+    diffusers   transformer.Y.lora_A.weight, rank and alpha in the file's metadata where it has any; a file of both
+                experts has transformer.Y of the high-noise and transformer_2.Y of the low-noise one
     peft        adapter_model.safetensors with base_model.model.X.lora_A.weight; adapter_config.json with r, lora_alpha
 """
 
@@ -19,12 +20,19 @@ import torch
 from torch import Tensor
 
 from wan_accel.models.errors import CheckpointError
-from wan_accel.models.layouts import PREFIXES, is_original_module, original_module, without_prefix
+from wan_accel.models.layouts import (
+    DIFFUSERS_FOLDERS,
+    PREFIXES,
+    is_original_module,
+    original_module,
+    without_prefix,
+)
 from wan_accel.models.reader import file_metadata, listed, open_safetensors
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Key of diffusers' LoRA settings in a file's metadata (diffusers/loaders/lora_base.py, LORA_ADAPTER_METADATA_KEY).
 DIFFUSERS_METADATA = "lora_adapter_metadata"
+_SECOND = f"{DIFFUSERS_FOLDERS['low']}."
 _LORA_PREFIXES = ("base_model.model.", "transformer_2.", "transformer.", *PREFIXES)
 _KEY = re.compile(
     r"(?P<module>.+?)\."
@@ -95,21 +103,31 @@ def find_lora(path: Path, expert: str = "default") -> Path:
     return find_lora(found[0], expert)
 
 
-def read_lora(path: Path) -> LoraFile:
-    """Read a LoRA file, or a folder in peft's layout.
+def read_lora(path: Path, expert: str = "default") -> LoraFile:
+    """Read a LoRA file, or a folder in peft's layout; of a file with both experts of a pair the one that is asked for.
 
     Raises:
-        CheckpointError: it is damaged, or not a LoRA in a layout that is known; every tensor that is not understood.
+        CheckpointError: it is damaged, of the other expert, or not a LoRA in a layout that is known; every tensor that
+            is not understood.
     """
     if (path / PEFT_CONFIG).is_file():
         return _read_peft(path)
-    metadata = file_metadata(path)
-    settings = json.loads(metadata.get(DIFFUSERS_METADATA, "{}"))
-    rank, alpha = (settings.get(f"transformer.{key}") for key in ("r", "lora_alpha"))
-    _refuse_settings(path, {key.removeprefix("transformer."): value for key, value in settings.items()})
-    scale = alpha / rank if rank and alpha else 1.0
-    layers, differences = lora_layers(_tensors(path), path, scale=scale)
+    metadata, tensors = file_metadata(path), _tensors(path, expert)
+    prefix = _SECOND if next(iter(tensors), "").startswith(_SECOND) else f"{DIFFUSERS_FOLDERS['high']}."
+    stored = json.loads(metadata.get(DIFFUSERS_METADATA, "{}"))
+    settings = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+    _refuse_settings(path, settings)
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    layers, differences = lora_layers(tensors, path, scale=alpha / rank if rank and alpha else 1.0)
     return LoraFile(path=path, layers=layers, differences=differences, metadata=metadata)
+
+
+def holds_pair(path: Path) -> bool:
+    """Whether one path has a LoRA for each expert: a file with both, or a folder of files."""
+    if path.is_dir():
+        return not (path / PEFT_CONFIG).is_file() and len(list(path.glob("*_noise*"))) > 1
+    seconds = [name.startswith(_SECOND) for name in open_safetensors(path).keys()]  # noqa: SIM118
+    return any(seconds) and not all(seconds)
 
 
 def _read_peft(folder: Path) -> LoraFile:
@@ -120,13 +138,13 @@ def _read_peft(folder: Path) -> LoraFile:
         raise CheckpointError(f"{folder / PEFT_CONFIG} has no r and lora_alpha: it is not the config of a LoRA")
     if not (folder / PEFT_FILE).is_file():
         raise CheckpointError(f"{folder} has {PEFT_CONFIG} but no {PEFT_FILE}: copy the whole folder")
-    layers, differences = lora_layers(_tensors(folder / PEFT_FILE), folder, scale=alpha / rank)
+    layers, differences = lora_layers(_tensors(folder / PEFT_FILE, "default"), folder, scale=alpha / rank)
     metadata = {"rank": str(rank), "alpha": str(alpha), **file_metadata(folder / PEFT_FILE)}
     return LoraFile(path=folder, layers=layers, differences=differences, metadata=metadata)
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    """A file's tensors; a file of other weights, which may be large, is refused by its names."""
+def _tensors(path: Path, expert: str) -> dict[str, Tensor]:
+    """A file's tensors for an expert; a file of other weights, which may be large, is refused by its names."""
     handle = open_safetensors(path)
     names = list(handle.keys())
     if names and not any(_KEY.fullmatch(name) for name in names):
@@ -134,7 +152,23 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             f"{path} is no LoRA: none of its {len(names)} tensors is named like one, e.g. {names[0]}. Full weights are "
             "given as model.checkpoint, or as method.init_from with method.kind=full"
         )
-    return {name: handle.get_tensor(name) for name in names}
+    return {name: handle.get_tensor(name) for name in _names_of(expert, names, path)}
+
+
+def _names_of(expert: str, names: list[str], path: Path) -> list[str]:
+    """The names that are an expert's. Only a low-noise one's say so: tools write the others as `transformer.` too."""
+    second = [name for name in names if name.startswith(_SECOND)]
+    if not second or expert == "low":
+        return second or names
+    first = [name for name in names if name not in set(second)]
+    if first and expert == "high":
+        return first
+    held = "both experts of a pair" if first else "the low-noise expert of a pair"
+    asked = "the high-noise one is" if expert == "high" else "a model without experts is"
+    raise CheckpointError(
+        f"{path} holds {held} ({len(first)} tensors of transformer, {len(second)} of transformer_2) and {asked} asked "
+        "for: give a LoRA that is for it, or set the variant and model.expert of this one"
+    )
 
 
 def _refuse_settings(path: Path, settings: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from wan_accel.lora import LoraSettings
-from wan_accel.lora_files import find_lora, read_lora
+from wan_accel.lora_files import LoraFile, find_lora, read_lora
 from wan_accel.lora_start import starting_adapter
 from wan_accel.models.derived_readers import MergedReader, OverlaidReader
 from wan_accel.models.dit import ADAPTER_PREFIXES
@@ -36,11 +36,9 @@ def open_weights(recipe: Recipe, expert: str, lora: LoraSettings | None) -> Chec
     start = Path(init_from) if init_from is not None and lora is None else None
     reader = open_base(recipe.model, variant, expert, start=start)
     if init_from is not None and lora is not None:
-        path = find_lora(Path(init_from), expert)
-        found = read_lora(path)
-        check_expert(path, variant, expert)
+        found = _read_lora(Path(init_from), variant, expert)
         reader.adapter = starting_adapter(found, lora)
-        logger.info("the LoRA starts from %s (%d layers)", path, len(found.layers))
+        logger.info("the LoRA starts from %s (%d layers)", found.path, len(found.layers))
     return reader
 
 
@@ -75,8 +73,16 @@ def overlay(reader: CheckpointReader, path: Path, variant: Variant, expert: str)
 
 def fuse(reader: CheckpointReader, fused: FusedLora, variant: Variant, expert: str) -> CheckpointReader:
     """A LoRA of any layout added to what `reader` reads."""
-    path = find_lora(Path(fused.path), expert)
-    lora = read_lora(path)
-    check_expert(path, variant, expert)
-    logger.info("%s: %d layers are added to the base, times %g", path, len(lora.layers), fused.scale)
+    lora = _read_lora(Path(fused.path), variant, expert)
+    logger.info("%s: %d layers are added to the base, times %g", lora.path, len(lora.layers), fused.scale)
     return MergedReader(reader, lora.deltas(), fused.scale, differences=lora.differences)
+
+
+def _read_lora(path: Path, variant: Variant, expert: str) -> LoraFile:
+    """The LoRA that a path means for an expert; one of another variant may fit, so that it is only said."""
+    path = find_lora(path, expert)
+    lora = read_lora(path, expert)
+    check_expert(path, variant, expert)
+    if (said := lora.metadata.get("variant", variant.name)) != variant.name:
+        logger.warning("%s was trained on %s and is put on %s: see that this is meant", path, said, variant.name)
+    return lora
