@@ -1,6 +1,7 @@
 """An export gives, in the tool that it is for, the outputs of the trained denoiser."""
 
 import json
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -183,6 +184,8 @@ def test_a_merged_pair_is_a_checkpoint_of_two_folders(
     folder, _, tensors = pair
     monkeypatch.setattr(export_full, "MAX_SHARD_BYTES", 200_000)
     out = export(folder / "run", merge=True, output=tmp_path / "merged")
+    card = (out / "README.md").read_text()
+    assert all(f"The folder `{expert}_noise_model` replaces that (" in card for expert in ("high", "low"))
     for expert in ("high", "low"):
         shards = list((out / f"{expert}_noise_model").glob("*.safetensors"))
         assert len(shards) > 2 and (out / f"{expert}_noise_model" / INDEX_NAME).is_file()
@@ -198,7 +201,8 @@ def test_merged_weights_are_diffusers_too(base: Path, run: Path, expected: Tenso
     out = export(run, merge=True, output=tmp_path / "merged")
     assert json.loads((out / "config.json").read_text())["num_heads"] == 8
     torch.testing.assert_close(diffusers_output(diffusers_model(out), wan_inputs()), expected, **TOLERANCE)
-    assert "base_model_relation: finetune" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "base_model_relation: finetune" in card and "These files replace the DiT's (config.json and " in card
 
 
 def test_moving_averages_are_exported_instead(base: Path, trained: dict[str, Tensor], tmp_path: Path) -> None:
@@ -236,7 +240,8 @@ def test_animate_with_the_face_adapter(tmp_path: Path, layout: str) -> None:
     path = export(run, layout=layout, output=tmp_path / "x.safetensors")
     ours = with_lora("animate-14b", tmp_path / "model", tensors, motion=True)
     if layout == "diffsynth":
-        assert "pipe.load_lora(pipe.animate_adapter" in (tmp_path / "x.md").read_text()
+        card = (tmp_path / "x.md").read_text()
+        assert "pipe.load_lora(pipe.dit, " in card and "pipe.load_lora(pipe.animate_adapter, " in card
         return
     load_into(transformer, path)
     inputs = animate_inputs()
@@ -318,6 +323,20 @@ def test_a_file_that_a_tool_misreads_is_no_export(
     monkeypatch.setitem(export_lora._NAMES, "diffsynth", "pipe.dit.{module}.lora_{half}.default.weight")
     with pytest.raises(RuntimeError, match=r"diffsynth's loader does not fuse blocks\.0\.self_attn\.q as trained"):
         export(run, layout="diffsynth", output=tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+    assert main(["export", str(run), "--output", str(tmp_path / "x.safetensors")]) == 2  # and no trace
+
+
+def test_a_disk_that_fills_up_meanwhile_is_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        assert main(["export", str(run), "--output", str(tmp_path / "x")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "error: " in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -22,9 +22,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("wan_accel").setLevel(logging.INFO)  # and of what it uses, warnings
     try:
         return arguments.run(arguments)
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        if not isinstance(error, _expected_errors()):
+            raise
         sys.stderr.write(f"error: {error}\n")
         return 2
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """Input that cannot be used, and what disks and hubs do; imported late, as listing recipes needs none of it."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from safetensors import SafetensorError
+
+    from wan_accel.models.errors import ReadBackError
+
+    return (ValueError, OSError, SafetensorError, HfHubHTTPError, ReadBackError)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from wan_accel.export_lora import Pairs
 from wan_accel.lora_files import PEFT_FILE, read_lora
 from wan_accel.models.diffusers_size import diffusers_arguments
+from wan_accel.models.errors import ReadBackError
 from wan_accel.models.layouts import diffusers_modules
 from wan_accel.models.reader import CheckpointReader
 from wan_accel.models.variants import Variant
@@ -34,7 +35,7 @@ def read_back(path: Path, layout: str, pairs: Pairs, base: CheckpointReader, var
         Which tools loaded it, and which could not be asked.
 
     Raises:
-        RuntimeError: a tool would compute something else.
+        ReadBackError: a tool would compute something else.
     """
     _compare_ours(path, pairs)
     return {
@@ -50,7 +51,7 @@ def read_back(path: Path, layout: str, pairs: Pairs, base: CheckpointReader, var
 def _compare_ours(path: Path, pairs: Pairs) -> None:
     deltas = read_lora(path).deltas()
     if deltas.keys() != {f"{name}.weight" for name in pairs}:
-        raise RuntimeError(f"{path}: the layers that are read back are not those that were written")
+        raise ReadBackError(f"{path}: the layers that are read back are not those that were written")
     for name, pair in pairs.items():
         _compare_update(path, "wan-accel", name, deltas[f"{name}.weight"], pair)
 
@@ -64,7 +65,7 @@ def _compare_update(
         if half.shape != ours.shape or not torch.allclose(
             half.float(), ours.float(), rtol=tolerance, atol=tolerance * float(ours.abs().max())
         ):
-            raise RuntimeError(f"{path}: {tool} does not load {name} as trained")
+            raise ReadBackError(f"{path}: {tool} does not load {name} as trained")
 
 
 def _by_diffsynth(path: Path, pairs: Pairs, base: CheckpointReader) -> str:
@@ -89,7 +90,7 @@ def _by_diffsynth(path: Path, pairs: Pairs, base: CheckpointReader) -> str:
             down, up = pairs[name]
             expected = base.read(f"{name}.weight").float() + up.float() @ down.float()
             if not torch.allclose(skeleton.get_parameter(f"{name}.weight"), expected, rtol=1e-5, atol=1e-6):
-                raise RuntimeError(f"{path}: diffsynth's loader does not fuse {name} as trained")
+                raise ReadBackError(f"{path}: diffsynth's loader does not fuse {name} as trained")
     return "diffsynth"
 
 
@@ -141,7 +142,7 @@ def _by_diffusers(path: Path, pairs: Pairs, base: CheckpointReader, variant: Var
         for part, rows in zip(names, up.chunk(len(names))):
             found = _adapter(transformer, part, "export")
             if found is None:
-                raise RuntimeError(f"{path}: diffusers {diffusers.__version__} does not load {part}")
+                raise ReadBackError(f"{path}: diffusers {diffusers.__version__} does not load {part}")
             _compare_update(path, "diffusers", part, found, (down, rows))
     return f"diffusers {diffusers.__version__}"
 
@@ -166,6 +167,6 @@ def _by_peft(folder: Path, pairs: Pairs) -> str:
     for name, pair in pairs.items():
         found = _adapter(model.get_base_model(), name, "default")
         if found is None:
-            raise RuntimeError(f"{folder / PEFT_FILE}: peft does not load {name}")
+            raise ReadBackError(f"{folder / PEFT_FILE}: peft does not load {name}")
         _compare_update(folder, "peft", name, found, pair)
     return f"peft {peft.__version__}"

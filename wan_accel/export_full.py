@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wan_accel.disk import free_bytes
 from wan_accel.models.dit import dit_size_from_shapes
+from wan_accel.models.errors import ReadBackError
 from wan_accel.models.loading import build_denoiser
 from wan_accel.models.reader import CheckpointReader
 from wan_accel.models.variants import Variant
@@ -57,7 +58,7 @@ def write_full(
         The number of tensors.
 
     Raises:
-        RuntimeError: a tensor does not read back as written, or diffsynth's model has no place for it.
+        ReadBackError: a tensor does not read back as written, or diffsynth's model has no place for it.
     """
 
     def read(name: str) -> Tensor:
@@ -70,8 +71,8 @@ def write_full(
         with torch.device("meta"):  # diffsynth's own modules, their names and shapes
             build_denoiser(variant, written, with_motion_encoder=variant.has_animate_adapter)
     except ValueError as error:
-        raise RuntimeError(f"{folder} is not a whole {variant.name}: {error}") from error
+        raise ReadBackError(f"{folder} is not a whole {variant.name}: {error}") from error
     for name in reader.shapes:
         if not torch.equal(written.read(name), read(name)):
-            raise RuntimeError(f"{folder}: {name} does not read back as written")
+            raise ReadBackError(f"{folder}: {name} does not read back as written")
     return len(reader.shapes)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import yaml
 
+from wan_accel.models.dit import ADAPTER_PREFIXES
 from wan_accel.models.variants import Variant
 
 # Expert -> DiffSynth's name of the model in its pipeline, and diffusers' argument.
@@ -79,9 +80,9 @@ def _code(text: str) -> str:
 
 
 def _diffsynth(variant: Variant, file: CardFile) -> str:
-    lines = [f'pipe.load_lora({_DIFFSYNTH_MODELS[file.expert]}, "{file.name}", alpha=1)']
-    if any(not module.startswith("blocks.") for module in file.modules):
-        lines.append(f'pipe.load_lora(pipe.animate_adapter, "{file.name}", alpha=1)')
+    of_adapter = {f"{module}.".startswith(ADAPTER_PREFIXES) for module in file.modules}
+    models = {False: _DIFFSYNTH_MODELS[file.expert], True: "pipe.animate_adapter"}
+    lines = [f'pipe.load_lora({models[which]}, "{file.name}", alpha=1)' for which in sorted(of_adapter)]
     return "DiffSynth-Studio, on a `WanVideoPipeline`:\n\n" + _code("\n".join(lines))
 
 
