@@ -2,6 +2,7 @@
 
 VENV ?= $(CURDIR)/.venv
 PYTHON ?= python3
+JOBS ?= 2
 BIN := $(VENV)/bin
 # The environment is made again when the tested versions or the dependencies change.
 KEY := $(shell cat constraints.txt setup.cfg pyproject.toml | sha256sum | cut -c1-16)
@@ -16,8 +17,9 @@ export TORCH_EXTENSIONS_DIR := $(VENV)/torch_extensions
 demo: install
 	PATH="$(BIN):$$PATH" bash demo/run.sh
 
+# Files of tests are shared out over two processes: a test may start processes of its own.
 test: install lint
-	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest $(PYTEST_ARGS)
+	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 # What CI runs at reduced counts, at full length: kill -9 at 20 moments, 500 damaged videos decoded and worked on.
 test-long: install
