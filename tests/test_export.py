@@ -124,7 +124,7 @@ def test_a_run_goes_on_from_any_export(run: Path, trained: dict[str, Tensor], tm
         torch.testing.assert_close(adapter[name], tensor, rtol=1e-6, atol=0)
 
 
-def test_bf16_files_say_what_they_are(run: Path, tmp_path: Path) -> None:
+def test_bf16_files_say_what_they_are(base: Path, run: Path, tmp_path: Path) -> None:
     recipe = run / "recipe.yaml"
     recipe.write_text(
         "variant: t2v-1.3b\nmodel: {checkpoint: x}\nmethod: {kind: lora, r: 4}\ndata: {latents: y}\n"
@@ -142,6 +142,7 @@ def test_bf16_files_say_what_they_are(run: Path, tmp_path: Path) -> None:
     assert len(metadata["recipe"]) == 16
     card = (tmp_path / "x.md").read_text()
     _, front, body = card.split("---\n", 2)
+    assert f"| base | {base.name} |" in card and str(base) not in card  # cards are published, paths are not
     assert yaml.safe_load(front)["base_model"] == "Wan-AI/Wan2.1-T2V-1.3B"
     assert yaml.safe_load(front)["base_model_relation"] == "adapter"
     assert yaml.safe_load(front)["tags"] == ["wan", "wan2.1", "wan-accel", "lora"]

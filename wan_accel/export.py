@@ -12,7 +12,7 @@ from wan_accel.checkpoint import find_checkpoint
 from wan_accel.export_check import read_back
 from wan_accel.export_full import check_space, tensor_bytes, write_full
 from wan_accel.export_lora import folded, write_lora, write_peft
-from wan_accel.export_plan import Export, default_output, metadata, plan_export
+from wan_accel.export_plan import Export, default_output, metadata, plan_export, shown_name
 from wan_accel.hub import HubError
 from wan_accel.model_card import CardFile, model_card
 from wan_accel.models.reader import CheckpointReader
@@ -123,7 +123,7 @@ def _write_in_place(job: Export, output: Path) -> str:
 def _write(job: Export, folder: Path, name: str | None) -> str:
     """Write every expert and the card into a folder; returns which tools loaded the export."""
     files, read_by = _write_full(job, folder) if job.is_full else _write_lora(job, folder, name)
-    fused = [(lora.path, lora.scale) for lora in (job.recipe.model.fuse_loras if job.recipe else [])]
+    fused = [(shown_name(lora.path), lora.scale) for lora in (job.recipe.model.fuse_loras if job.recipe else [])]
     card = model_card(
         title=job.stem(job.manifest.expert),
         variant=job.variant,

@@ -1,11 +1,12 @@
 """Write full weights as a checkpoint in the original layout, a shard in memory at a time."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from wan_accel.disk import free_bytes
 from wan_accel.models.dit import dit_size_from_shapes
@@ -61,18 +62,26 @@ def write_full(
         ReadBackError: a tensor does not read back as written, or diffsynth's model has no place for it.
     """
 
-    def read(name: str) -> Tensor:
-        return reader.read(name).to(dtype or reader.dtype(name))
+    with tqdm(total=2 * len(reader.shapes), desc=folder.name, unit=" tensors") as bar:  # written, then compared
 
-    write_shards(folder, shards_of(tensor_bytes(reader, dtype), MAX_SHARD_BYTES), read, metadata)
-    write_config(folder, variant, dit_size_from_shapes(reader.shapes, num_heads=reader.num_heads))
+        def read(name: str) -> Tensor:
+            bar.update()
+            return reader.read(name).to(dtype or reader.dtype(name))
+
+        write_shards(folder, shards_of(tensor_bytes(reader, dtype), MAX_SHARD_BYTES), read, metadata)
+        write_config(folder, variant, dit_size_from_shapes(reader.shapes, num_heads=reader.num_heads))
+        _compare(folder, reader, read, variant)
+    return len(reader.shapes)
+
+
+def _compare(folder: Path, reader: CheckpointReader, read: Callable[[str], Tensor], variant: Variant) -> None:
+    """Read what was written back: as diffsynth's own modules would have it, and equal."""
     written = CheckpointReader(folder)
     try:
-        with torch.device("meta"):  # diffsynth's own modules, their names and shapes
+        with torch.device("meta"):  # names and shapes only
             build_denoiser(variant, written, with_motion_encoder=variant.has_animate_adapter)
     except ValueError as error:
         raise ReadBackError(f"{folder} is not a whole {variant.name}: {error}") from error
     for name in reader.shapes:
         if not torch.equal(written.read(name), read(name)):
             raise ReadBackError(f"{folder}: {name} does not read back as written")
-    return len(reader.shapes)

@@ -9,6 +9,7 @@ import torch
 
 from wan_accel.checkpoint import Manifest, read_manifest
 from wan_accel.export_lora import LORA_LAYOUTS
+from wan_accel.models.hub import is_hub_id
 from wan_accel.models.variants import BOTH, Variant, get_variant
 from wan_accel.recipe.load import load_recipe
 from wan_accel.recipe.schema import Recipe
@@ -93,7 +94,7 @@ def metadata(job: Export, expert: str) -> dict[str, str]:
         "format": "pt",
         "variant": manifest.variant,
         "expert": expert,
-        "base": manifest.base,
+        "base": shown_name(manifest.base),
         "method": "lora merged into the base" if job.merge else manifest.method,
         "step": str(manifest.step),
         "ema": str(job.ema).lower(),
@@ -103,3 +104,8 @@ def metadata(job: Export, expert: str) -> dict[str, str]:
     if manifest.lora is not None:
         fields |= {"rank": str(manifest.lora["r"]), "alpha": str(manifest.lora["lora_alpha"])}
     return fields
+
+
+def shown_name(path: str) -> str:
+    """A hub id as it is; of a local path the last part only, since exports are published."""
+    return path if is_hub_id(path) else Path(path).name
