@@ -48,6 +48,7 @@ from wan_accel.models.variants import Expert, Variant
 from wan_accel.noising import conditions_of, noise_batch
 from wan_accel.nonfinite import FiniteGuard
 from wan_accel.objective import NoiseLevels, loss_weight, per_sample_mse, step_loss
+from wan_accel.optimizer_settings import put_settings, resume_schedule, settings_of
 from wan_accel.optimizers import optimizer_problem
 from wan_accel.parallel.engine import detect_engine
 from wan_accel.parallel.fsdp import assert_sharded, fully_shard_denoiser
@@ -463,7 +464,7 @@ class WanTrainer(Trainer):
         """Nothing: Trainer calls this before preparation for some engines; `_resume` loads after it for all."""
 
     def _resume(self, folder: Path, model: nn.Module) -> None:
-        """Load weights, optimizer and scheduler. Collective.
+        """Load weights and the state of optimizer and schedule, whose settings stay the recipe's. Collective.
 
         Raises:
             ValueError: the checkpoint was written by an engine of the other family, or trains something else.
@@ -479,6 +480,8 @@ class WanTrainer(Trainer):
                 raise ValueError(f"{folder} trains another {field} than this recipe: use another output_dir or recipe")
         if problem := checkpoint.other_data(folder, saved, current):
             logger.log(logging.WARNING if self.is_world_process_zero() else logging.INFO, problem)
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        settings = settings_of(self.optimizer)
         if self.engine == "zero3":
             if saved.world_size != self.args.world_size:
                 raise ValueError(
@@ -494,8 +497,12 @@ class WanTrainer(Trainer):
             checkpoint.load_weights(folder, model, self._plain_optimizer)
         if self.ema is not None:
             self.ema.load(folder)
-        assert self.lr_scheduler is not None
-        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+        changes = put_settings(self.optimizer, settings)
+        schedule = torch.load(folder / "scheduler.pt", weights_only=True)
+        changes += resume_schedule(self.lr_scheduler, schedule, self.optimizer)
+        if changes:
+            level = logging.WARNING if self.is_world_process_zero() else logging.INFO
+            logger.log(level, "resumed from %s with other settings of the recipe: %s", folder.name, "; ".join(changes))
 
     # ---- validation ----
 
