@@ -71,6 +71,10 @@ class SyntheticSource:
                 "pose_latents": rand(16, frames - 1, height, width),
                 "motion_vectors": rand(self.buckets[index].num_frames, 16),
             }  # fmt: skip
+            if draw.drop_face:
+                sample["motion_vectors"] = torch.full_like(sample["motion_vectors"][:1], 0.5).expand_as(
+                    sample["motion_vectors"]
+                )
         return sample
 
     def unconditional(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -30,6 +30,9 @@ class WanTrainingArguments(TrainingArguments):
     on_nan: `stop` or `skip` a step whose loss or gradient is not finite (`wan_accel.nonfinite`).
     """
 
+    # Every trained parameter takes part in every forward of its expert, whatever is dropped, so DDP need not search
+    # the graph for those that do not.
+    ddp_find_unused_parameters: bool | None = False
     remove_unused_columns: bool = False
     logging_nan_inf_filter: bool = False
     log_on_each_node: bool = False

@@ -122,3 +122,16 @@ def test_equals_diffsynth(names: str, dtype: torch.dtype, tolerance: float, batc
     (out * weights).mean().backward()
     (expected * weights).mean().backward()
     assert_same_gradients(denoiser, oracle, tolerance)
+
+
+@pytest.mark.parametrize("names", architectures())
+def test_every_parameter_gets_a_gradient(names: str) -> None:
+    """What DDP relies on when it does not search for unused parameters, with all that may be left out left out."""
+    size, conditioning = architectures()[names]
+    denoiser = WanDenoiser(build_dit(size), build_animate_adapter(ADAPTER) if "pose" in conditioning else None)
+    inputs = inputs_of(size, conditioning, 1, torch.float32)
+    inputs.pop("first_frame_timestep", None)
+    if inputs.pop("face_pixel_values", None) is not None:
+        inputs["motion_vectors"] = torch.zeros(1, 1, ADAPTER.motion_dim)
+    denoiser(**inputs).square().mean().backward()
+    assert [name for name, parameter in denoiser.named_parameters() if parameter.grad is None] == []

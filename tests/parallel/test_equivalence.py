@@ -48,7 +48,7 @@ def train(
         model,
         args,
         source,
-        plan_for(source, micro_batch=options.get("micro_batch", 1)),
+        plan_for(source, micro_batch=options.get("micro_batch", 1), face_dropout=options.get("face_dropout", 0.0)),
         variant=row,
         lora=lora,
     )
@@ -62,6 +62,7 @@ def train(
         "gradients": gradients,
         "weights": full_weights(trainer),
         "local_elements": num_local_elements(trainer.model),
+        "searches": getattr(trainer.model_wrapped, "find_unused_parameters", None),
     }
 
 
@@ -189,6 +190,16 @@ def test_micro_batch_does_not_change_the_run(tmp_path: Path) -> None:
     expected = single("t2v-1.3b", "full", tmp_path / "single")
     torch.testing.assert_close(result["losses"], expected["losses"], rtol=1e-5, atol=1e-6)
     assert_close_by_norm(result["weights"], expected["weights"], 1e-5)
+
+
+def test_ddp_trains_everything_without_a_search_where_every_face_is_dropped(tmp_path: Path) -> None:
+    options = {"world_size": 2, "engine": "ddp", "face_dropout": 1.0}
+    for result in run_ranks(train, 2, "animate-14b", "full", 1, str(tmp_path), options, engine="ddp"):
+        assert result["searches"] is False
+        trained = {name for name, _ in tiny_denoiser("animate-14b").named_parameters()}
+        assert result["gradients"].keys() == trained
+        assert all(gradient.norm() > 0 for name, gradient in result["gradients"].items() if "face_" in name)
+        assert len(result["losses"]) == NUM_STEPS
 
 
 def test_bf16_computes_in_bf16_and_keeps_fp32_masters(tmp_path: Path) -> None:
