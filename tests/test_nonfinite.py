@@ -24,6 +24,8 @@ from wan_accel.recipe.load import load_recipe
 from wan_accel.step_plan import SampleDraw
 
 ROW = 4
+# A schedule that rises with every step and does not depend on the length of the run.
+SCHEDULE = {"max_grad_norm": 0.5, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10}
 LAYOUTS = {"single": 1, "ddp": 2, "fsdp2": 2, "zero3": 2}
 
 
@@ -85,10 +87,11 @@ def test_stops_on_all_ranks_and_names_the_sample(layout: str, base: str, tmp_pat
 def skip(base: str, output_dir: str, engine: str, value: float) -> dict[str, Any]:
     source = BadSource("t2v-1.3b", value)
     steps = bad_step() + 1
-    options = {"max_steps": steps, "save_steps": steps, "logging_steps": steps, "max_grad_norm": 0.5, "ema_decay": 0.5}
+    options = {"max_steps": steps, "save_steps": steps, "logging_steps": steps, "ema_decay": 0.5, **SCHEDULE}
     trainer = small_trainer(base, output_dir, engine, source=source, on_nan="skip", **options)
     trainer.train()
-    result = {name: logged(trainer, name) for name in ("loss", "skipped_steps")}
+    result = {name: logged(trainer, name) for name in ("loss", "skipped_steps", "grad_norm")}
+    result["rates"] = trainer.lr_scheduler.get_last_lr()
     return {**result, "weights": full_weights(trainer), "ema_steps": trainer.ema.steps["head.head.weight"]}
 
 
@@ -100,8 +103,10 @@ def test_a_skipped_step_is_not_taken(layout: str, value: float, base: str, tmp_p
     for result in results:
         assert result["skipped_steps"] == [1]
         assert result["ema_steps"] == bad_step()
+        assert result["rates"] == pytest.approx([1e-4 * (bad_step() + 1)] * 2)  # the skipped step counts on all engines
         assert all(torch.equal(weight, expected["weights"][name]) for name, weight in result["weights"].items())
-    assert results[0]["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    for name in ("loss", "grad_norm"):
+        assert results[0][name] == pytest.approx(expected[name], rel=1e-6)
 
 
 def before(base: str, output_dir: str, engine: str) -> dict[str, Any]:
@@ -109,10 +114,28 @@ def before(base: str, output_dir: str, engine: str) -> dict[str, Any]:
     steps = bad_step()
     assert steps > 0
     trainer = small_trainer(
-        base, output_dir, engine, max_steps=steps, save_steps=steps, logging_steps=steps, max_grad_norm=0.5
+        base, output_dir, engine, max_steps=steps, save_steps=steps, logging_steps=steps, **SCHEDULE
     )
     trainer.train()
-    return {"loss": logged(trainer, "loss"), "weights": full_weights(trainer)}
+    return {
+        "loss": logged(trainer, "loss"), "grad_norm": logged(trainer, "grad_norm"), "weights": full_weights(trainer),
+    }  # fmt: skip
+
+
+def skip_and_resume(base: str, output_dir: str) -> list[float]:
+    """Skip a step between two log lines, save, and go on: the counts that the resumed run logs."""
+    steps, options = bad_step() + 1, {"on_nan": "skip", "save_steps": 1, "logging_steps": 1}
+    small_trainer(
+        base, output_dir, "single", source=BadSource("t2v-1.3b", float("nan")), max_steps=steps,
+        **{**options, "logging_steps": 100},
+    ).train()  # fmt: skip
+    trainer = small_trainer(base, output_dir, "single", max_steps=steps + 1, **options)
+    trainer.train(resume_from_checkpoint=f"{output_dir}/checkpoint-{steps}")
+    return logged(trainer, "skipped_steps")
+
+
+def test_skipped_steps_are_counted_over_a_resume(base: str, tmp_path: Path) -> None:
+    assert run_ranks(skip_and_resume, 1, base, str(tmp_path), engine="single")[0] == [1]
 
 
 def guard(tmp_path: Path) -> FiniteGuard:
@@ -248,7 +271,9 @@ def test_only_the_expert_that_is_not_finite_is_left_out(engine: str, processes: 
     for weights, after, line in run_ranks(skip_expert, processes, str(tmp_path), engine, processes, engine=engine):
         for name, weight in weights.items():
             assert torch.equal(weight, after[name]) == name.startswith("high."), name
-        assert line["skipped_steps"] == 1 and "loss_high" not in line and line["loss_low"] > 0
+        assert line["skipped_steps"] == 1 and line["loss_low"] > 0
+        assert "loss_high" not in line and "grad_norm_high" not in line
+        assert line["grad_norm"] == pytest.approx(line["grad_norm_low"], rel=1e-6)  # finite
 
 
 def test_the_recipe_says_which() -> None:

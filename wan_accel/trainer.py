@@ -31,7 +31,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.training_args import OptimizerNames
 
 from wan_accel import checkpoint
@@ -59,6 +59,7 @@ from wan_accel.throughput import Throughput
 from wan_accel.validation import as_metrics, fixed_losses
 
 logger = logging.getLogger("wan_accel")
+_SKIPPED = "skipped_steps"  # in trainer_state.json, beside the state of callbacks
 
 
 class _StepSampler(Sampler):
@@ -147,6 +148,7 @@ class WanTrainer(Trainer):
             self.dims.validate(denoiser.num_heads)
             self._apply_parallelism(denoiser)
         self._step_experts: list[str] = []
+        self._norms: dict[str, Tensor | float] = {}
         problem = optimizer_problem(OptimizerNames(args.optim).value, self.engine)
         if problem is not None:
             raise ValueError(problem)
@@ -326,22 +328,27 @@ class WanTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
         """Clip each expert that the step used by its own norm; returns the norm over all of them."""
-        norms = {expert: self._clip_lane(self.lanes[expert]) for expert in sorted(set(self._step_experts))}
-        self._logged.grad_norms |= norms
-        return torch.stack([torch.as_tensor(norm, dtype=torch.float32) for norm in norms.values()]).norm()
+        self._norms = {expert: self._clip_lane(self.lanes[expert]) for expert in sorted(set(self._step_experts))}
+        return _joint_norm(self._norms)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
-        """Trainer calls this before the optimizer's step: a norm that is not finite stops the run or the step here."""
+        """Trainer calls this before the optimizer's step: a norm that is not finite stops the run or the step here.
+
+        Returns what is logged: the norm over the experts that take the step, the last such norm if none does.
+        """
         if grad_norm is None:  # max_grad_norm: 0 clips nothing
             grad_norm = self._clip_grad_norm(model)
-        left_out = self.guard.left_out({expert: self._logged.grad_norms[expert] for expert in set(self._step_experts)})
+        left_out = self.guard.left_out(self._norms)
         for expert in left_out:
             self._leave_out(expert)
         assert self._step is not None
         if left_out:
             self._tr_loss -= self._step.loss
-        self._logged.add(self._step, left_out)
-        return grad_norm
+            grad_norm = _joint_norm({name: norm for name, norm in self._norms.items() if name not in left_out})
+        self._logged.add(self._step, self._norms, left_out)
+        if grad_norm is not None:
+            self._logged.grad_norm = grad_norm
+        return self._logged.grad_norm
 
     def _leave_out(self, expert: str) -> None:
         """Optimizers leave parameters without a gradient alone: no decay, no moments, no step count.
@@ -399,6 +406,8 @@ class WanTrainer(Trainer):
         if is_main:
             assert self.lr_scheduler is not None
             torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
+            callbacks: Any = self.state.stateful_callbacks  # a dictionary once the state is made
+            callbacks[_SKIPPED] = self.guard.num_skipped
             self.state.save_to_json(str(folder / "trainer_state.json"))
             if (recipe := self.output_dir / "recipe.yaml").is_file():  # so that a checkpoint is whole by itself
                 shutil.copyfile(recipe, folder / recipe.name)
@@ -497,6 +506,8 @@ class WanTrainer(Trainer):
             checkpoint.load_weights(folder, model, self._plain_optimizer)
         if self.ema is not None:
             self.ema.load(folder)
+        callbacks: Any = TrainerState.load_from_json(str(folder / "trainer_state.json")).stateful_callbacks
+        self.guard.num_skipped = callbacks.get(_SKIPPED, 0)
         changes = put_settings(self.optimizer, settings)
         schedule = torch.load(folder / "scheduler.pt", weights_only=True)
         changes += resume_schedule(self.lr_scheduler, schedule, self.optimizer)
@@ -624,9 +635,11 @@ class _Interval:
         self.num_samples: Counter[str] = Counter()
         self.num_steps: Counter[str] = Counter()
         self.grad_norms: dict[str, Tensor | float] = {}
+        self.grad_norm: Tensor | float | None = None
 
-    def add(self, step: "_StepRecord", left_out: Collection[str]) -> None:
+    def add(self, step: "_StepRecord", norms: Mapping[str, Tensor | float], left_out: Collection[str]) -> None:
         """Add a step but for the experts that were left out of it."""
+        self.grad_norms |= {expert: norm for expert, norm in norms.items() if expert not in left_out}
         for expert in step.num_samples.keys() - set(left_out):
             self.loss_sums[expert] = self.loss_sums.get(expert, 0.0) + step.loss_sums[expert]
             self.num_samples[expert] += step.num_samples[expert]
@@ -643,6 +656,13 @@ class _Interval:
             logs[f"loss_{expert}"] = round(float(loss) / count, 6)
             logs[f"steps_{expert}"] = self.num_steps[expert]
         return logs | {f"grad_norm_{expert}": float(norm) for expert, norm in self.grad_norms.items()}
+
+
+def _joint_norm(norms: Mapping[str, Tensor | float]) -> Tensor | None:
+    """The norm over all of some experts, None without one."""
+    if not norms:
+        return None
+    return torch.stack([torch.as_tensor(norm, dtype=torch.float32) for norm in norms.values()]).norm()
 
 
 def _dp_replicate(accelerator: Any) -> int:
