@@ -17,6 +17,7 @@ from tiny_clips import clip_row, write_clips
 from transformers import TrainerCallback
 
 from wan_accel import cache, evaluate, train
+from wan_accel.checkpoint import complete_checkpoints
 from wan_accel.data.clips import decode_mp4
 from wan_accel.data.latents import LatentsDataset
 from wan_accel.models.encoders import load_vae
@@ -228,11 +229,16 @@ def test_too_many_clips_are_refused_before_anything_is_written(
 def test_a_failed_picture_does_not_end_the_run(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    saved: dict[str, list[str]] = {}
+
     def full_disk(self: SampleWriter, name: str, drawn: Any, **kwargs: Any) -> SampleFiles:
+        saved[name] = [path.name for path in complete_checkpoints(tmp_path / "run")]
         raise OSError("No space left on device")
 
     monkeypatch.setattr(SampleWriter, "write", full_disk)
-    assert train.main([str(root / "recipe.yaml"), f"training.output_dir={tmp_path / 'run'}"]) == 0
+    changes = [f"training.output_dir={tmp_path / 'run'}", "training.save_strategy='no'"]
+    assert train.main([str(root / "recipe.yaml"), *changes]) == 0
+    assert saved == {"step-0": [], "step-2": [], "step-4": ["checkpoint-4"]}  # the end is saved before it is drawn
     assert losses(tmp_path / "run") == losses(root / "run")
     failed = [record for record in caplog.records if "could not be written" in record.message]
     assert [record.levelno for record in failed] == [logging.ERROR] * 3  # it is tried again each time

@@ -85,9 +85,9 @@ class VideoSampler:
 class SampleCallback(TrainerCallback):
     """Draws videos every so many steps, before the first step, and at the end. All ranks run it.
 
-    It draws before the step that follows, so a checkpoint of the same step is on disk already. Neither a full disk or
-    tracker nor running out of memory ends the run, but for a sharded model: there one rank that runs out of memory
-    cannot give up without leaving the others in a collective.
+    It draws before the step that follows, and at the end saves first, so a checkpoint of the same step is on disk
+    already. Neither a full disk or tracker nor running out of memory ends the run, but for a sharded model: there one
+    rank that runs out of memory cannot give up without leaving the others in a collective.
     """
 
     def __init__(self, trainer: WanTrainer, sampler: VideoSampler, *, every_steps: int) -> None:
@@ -105,6 +105,7 @@ class SampleCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.trainer.save_last()  # the trackers close here too, so videos cannot wait for whoever ran the trainer
         self.draw(state.global_step)
 
     def draw(self, step: int) -> None:

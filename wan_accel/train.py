@@ -235,16 +235,15 @@ def write_run_file(recipe: Recipe, args: WanTrainingArguments, keys: dict[str, s
 
 
 def run(trainer: WanTrainer, resume: str | None) -> int:
-    """Train, evaluate and save the end; write `run_state.json` whatever happens."""
+    """Train, save the end and evaluate it; write `run_state.json` whatever happens."""
     args, output = trainer.args, trainer.output_dir
     set_seed(args.seed)
     try:
         trainer.train(resume_from_checkpoint=resume)
+        trainer.save_last()  # before anything that may fail
         evaluated = {line["step"] for line in trainer.state.log_history if "eval_loss" in line}
         if trainer.eval_draws and trainer.state.global_step not in evaluated:
             trainer.evaluate()
-        if checkpoint.last_checkpoint(output) != output / f"checkpoint-{trainer.state.global_step}":
-            trainer._save_checkpoint(trainer.model_wrapped)
     except BaseException as error:
         log_failure(error)
         if args.should_save:

@@ -413,6 +413,13 @@ class WanTrainer(Trainer):
                 shutil.copyfile(recipe, folder / recipe.name)
         checkpoint.commit(folder, self._manifest(step), keep=self.args.save_total_limit, is_main=is_main)
 
+    def save_last(self) -> None:
+        """Save the step that the run stands at, unless its newest checkpoint is of it. Collective."""
+        newest = checkpoint.last_checkpoint(self.output_dir)
+        checkpoint.barrier()  # no rank may look after another has begun to save
+        if newest != self.output_dir / f"checkpoint-{self.state.global_step}":
+            self._save_checkpoint(self.model_wrapped)
+
     def check_space(self) -> None:
         """Raise NoSpaceError unless the disk holds another checkpoint. Every rank looks at the same disk."""
         checkpoint.check_space(self.output_dir, self._manifest(0).trained, has_ema=bool(self.args.ema_decay))
