@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,12 +15,14 @@ import torch
 from PIL import Image
 from ranks import run_ranks
 from tiny_clips import clip_row, write_clips
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import TrainerCallback
 
 from wan_accel import cache, evaluate, train
 from wan_accel.checkpoint import complete_checkpoints
 from wan_accel.data.clips import decode_mp4
 from wan_accel.data.latents import LatentsDataset
+from wan_accel.models.blocks import WanBlock
 from wan_accel.models.encoders import load_vae
 from wan_accel.models.variants import get_variant
 from wan_accel.recipe.load import load_recipe
@@ -195,6 +198,31 @@ def test_two_ranks_draw_and_evaluate(root: Path, tmp_path: Path, capsys: pytest.
         decode_mp4((run / "samples" / part / name).read_bytes()) for part in ("step-2", "fsdp2", "checkpoint-2")
     )
     assert all(psnr(other, live) > 35 for other in others)
+
+
+def evaluate_in_bf16(recipe: str, checkpoint: str) -> tuple[set[torch.dtype], dict[str, float]]:
+    """The dtypes that blocks hand on, and the losses."""
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    dtypes: set[torch.dtype] = set()
+
+    def record(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(module, WanBlock):
+            dtypes.add(output.dtype)
+
+    register_module_forward_hook(record)
+    metrics = evaluate.evaluate(load_recipe(recipe, list(evaluate.OVERRIDES)), checkpoint=Path(checkpoint))
+    return dtypes, metrics
+
+
+def test_evaluation_computes_in_the_same_precision_on_every_engine(root: Path) -> None:
+    found = {
+        engine: run_ranks(evaluate_in_bf16, num, str(root / "recipe.yaml"), str(root / "run"), engine=engine)[0]
+        for engine, num in {"single": 1, "fsdp2": 2}.items()  # DDP runs the model as one process does
+    }
+    for dtypes, metrics in found.values():
+        assert dtypes == {torch.bfloat16}
+        assert metrics == pytest.approx(found["single"][1], rel=1e-2)  # bf16 has 8 bits
+        assert metrics["eval_loss"] == pytest.approx(last_evaluation(root / "run")["eval_loss"], rel=2e-2)
 
 
 def test_evaluation_refuses_weights_of_something_else(

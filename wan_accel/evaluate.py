@@ -26,8 +26,8 @@ from wan_accel.trainer import WanTrainer
 from wan_accel.validation import as_metrics, fixed_losses
 from wan_accel.weights import fuse, open_base
 
-# Weights are merged and evaluated in fp32, whatever dtype a recipe holds a LoRA's frozen base in, on cached conditions;
-# no trackers.
+# Weights are merged and held in fp32, whatever dtype a recipe holds a LoRA's frozen base in (they compute in the
+# accelerate config's precision, as in training), on cached conditions; no trackers.
 OVERRIDES = (
     "method={kind: full}", "model.torch_dtype=float32", "validation.ema=false", "training.report_to=none",
     "data.on_the_fly=[]", "data.augment=null", "data.augment_caption=null",
@@ -102,6 +102,7 @@ def evaluate(
     elif ema:
         raise ValueError("--ema is of a run's checkpoint: give --checkpoint too (an export with --ema holds averages)")
     trainer = build_trainer(recipe, _readers(recipe, checkpoint, lora, ema=ema))
+    trainer.prepare_evaluation()
     metrics = as_metrics(fixed_losses(trainer, trainer.eval_draws))
     if samples is not None:
         weights = checkpoint or lora or resolve_checkpoint(recipe.model.checkpoint, recipe.model.revision)

@@ -533,6 +533,15 @@ class WanTrainer(Trainer):
         """The weights that validation looks at: the moving average where asked for, and there is one already."""
         return self.ema.swapped() if self.args.eval_ema and self.ema is not None else nullcontext()
 
+    def prepare_evaluation(self) -> None:
+        """Compute in the precision of training where nothing is going to be trained: no optimizer, no DDP.
+
+        FSDP2 has its own in its policy.
+        """
+        if self.engine != "fsdp2":
+            prepare = self.accelerator.prepare_model
+            self.lanes = {name: prepare(lane, evaluation_mode=True) for name, lane in self.lanes.items()}
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Run forwards alone, outside of training, with the weights that validation looks at."""
