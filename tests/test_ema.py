@@ -1,5 +1,7 @@
 """The moving average: against one computed by hand, on every engine; resumed on another number of ranks; swapped in."""
 
+import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,12 @@ from checkpoints import write_checkpoint
 from ranks import run_ranks
 from small_run import full_weights, logged, small_trainer
 from synthetic import SyntheticSource
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from wan_accel import checkpoint
 from wan_accel.ema import Ema, EmaSettings
+from wan_accel.parallel.zero import refuse_offload
 from wan_accel.recipe.arguments import training_arguments
 from wan_accel.recipe.check import check
 from wan_accel.recipe.load import load_recipe
@@ -147,6 +151,50 @@ def test_only_what_was_stepped_is_averaged() -> None:
         torch.testing.assert_close(average, expected)
     assert ema.steps == {"high.weight": 1, "high.bias": 1, "low.weight": 0, "low.bias": 0}
     assert [EmaSettings(decay=0.9999).decay_after(n) for n in (0, 90, 10**6)] == [0.1, 0.91, 0.9999]
+
+
+def test_weights_that_lie_elsewhere_are_copied_one_by_one() -> None:
+    """Host memory holds one weight beside the averages; here fp64 stands for another device."""
+    model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(4)]).double()
+    ema = Ema(model, EmaSettings(decay=0.5))
+    start = {name: average.clone() for name, average in ema.shadow.items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    with _Copies() as copies:
+        ema.update()
+    assert copies.most == 1
+    for name, average in ema.shadow.items():
+        torch.testing.assert_close(average, start[name] + 0.9)  # d is 0.1 at first
+
+
+class _Copies(TorchDispatchMode):
+    """Counts copies that are alive together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+        self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if "_to_copy" in str(function):
+            self.alive.add(result)
+            self.most = max(self.most, len(self.alive))
+        return result
+
+
+def offload(base: str, output_dir: str) -> None:
+    os.environ["ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"] = "cpu"
+    with pytest.raises(ValueError, match=r"method.ema cannot be used with ZeRO-3's offload_optimizer to cpu yet: set"):
+        small_trainer(base, output_dir, "zero3", ema_decay=0.9)
+
+
+def test_offload_is_refused(base: str, tmp_path: Path) -> None:
+    run_ranks(offload, 1, base, str(tmp_path), engine="zero3")
+    refuse_offload({"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}}})
+    with pytest.raises(ValueError, match="offload_param to nvme"):
+        refuse_offload({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}})
 
 
 def resume_without(base: str, output_dir: str) -> str:

@@ -6,7 +6,7 @@ checkpoint-<step>/ema/
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,9 +101,20 @@ class Ema:
                 num_updates = self.steps[name] // self.settings.update_every - 1
                 due.setdefault(self.settings.decay_after(num_updates), []).append(name)
         for decay, group in due.items():
-            averages = [_local(self.shadow[name]) for name in group]
-            weights = [self._current(name).to(average) for name, average in zip(group, averages)]
-            torch._foreach_lerp_(averages, weights, 1 - decay)
+            self._move(group, 1 - decay)
+
+    def _move(self, names: Sequence[str], share: float) -> None:
+        """Move averages a share of the way to their weights; of those that lie elsewhere one copy is made at a time."""
+        averages, weights = [], []
+        for name in names:
+            average, weight = _local(self.shadow[name]), self._current(name)
+            if (weight.device, weight.dtype) == (average.device, average.dtype):
+                averages.append(average)
+                weights.append(weight)
+            else:
+                average.lerp_(weight.to(average), share)
+        if averages:
+            torch._foreach_lerp_(averages, weights, share)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

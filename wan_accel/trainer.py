@@ -53,7 +53,7 @@ from wan_accel.optimizers import optimizer_problem
 from wan_accel.parallel.engine import detect_engine
 from wan_accel.parallel.fsdp import assert_sharded, fully_shard_denoiser
 from wan_accel.parallel.mesh import ParallelDims
-from wan_accel.parallel.zero import JointOptimizer, backward_zero, prepare_engine
+from wan_accel.parallel.zero import JointOptimizer, backward_zero, prepare_engine, refuse_offload
 from wan_accel.step_plan import EpochItems, SampleDraw, StepPlan, TokenBudget
 from wan_accel.throughput import Throughput
 from wan_accel.validation import as_metrics, fixed_losses
@@ -152,6 +152,8 @@ class WanTrainer(Trainer):
         problem = optimizer_problem(OptimizerNames(args.optim).value, self.engine)
         if problem is not None:
             raise ValueError(problem)
+        if self.engine == "zero3" and args.ema_decay:
+            refuse_offload(self.accelerator.state.deepspeed_plugin.deepspeed_config)
         self.ema: Ema | None = None
         self.guard = FiniteGuard(args, plan, train_dataset, self.dims)
         self._step: _StepRecord | None = None

@@ -1,6 +1,6 @@
 """ZeRO-3: one DeepSpeed engine an expert, and what Trainer needs to drive several."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -51,3 +51,20 @@ def backward_zero(engine: Any, loss: Tensor, *, is_last: bool) -> None:
     engine.backward(loss, scale_wrt_gas=False)
     if is_last:
         engine.step()
+
+
+def refuse_offload(config: Mapping[str, Any]) -> None:
+    """Refuse a moving average where DeepSpeed keeps parameters or masters elsewhere than on the GPU.
+
+    The average is made of DTensors on the GPU's mesh, which would bring all masters there at once.
+
+    Raises:
+        ValueError: the DeepSpeed config offloads.
+    """
+    for part in ("offload_optimizer", "offload_param"):
+        device = config["zero_optimization"].get(part, {}).get("device", "none")
+        if device != "none":
+            raise ValueError(
+                f"method.ema cannot be used with ZeRO-3's {part} to {device} yet: set {part}_device: none in the "
+                "accelerate config, or remove method.ema"
+            )
