@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from wan_accel import cache, evaluate, train
 from wan_accel.checkpoint import complete_checkpoints
 from wan_accel.data.clips import decode_mp4
-from wan_accel.data.latents import LatentsDataset
+from wan_accel.data.latents import ClipInfo, LatentsDataset
 from wan_accel.models.blocks import WanBlock
 from wan_accel.models.encoders import load_vae
 from wan_accel.models.variants import get_variant
@@ -102,6 +102,22 @@ def test_videos_are_the_decoded_latents(root: Path) -> None:
     frames = to_frames(vae.decode(cached[None])[0])
     assert stored.shape == frames.shape
     assert psnr(stored, frames) > 20  # 4:2:0 chroma of a picture that is all colour
+
+
+def test_clips_of_one_name_in_two_folders_have_files_of_their_own(root: Path, tmp_path: Path) -> None:
+    source = LatentsDataset(root / "latents")
+    writer = SampleWriter(get_variant("animate-14b"), root / "model", tmp_path, device=torch.device("cpu"))
+    items = []
+    for row, folder in enumerate("ab"):
+        info = ClipInfo(clip_id="clip", caption="", fps=16.0, folder=folder)
+        latents = source.sample(row, SampleDraw(index=row, epoch=0, sigma=1.0, noise_seed=0))["latents"][:, 1:]
+        items.append((info, latents, latents))
+    files = writer.write("step-1", items, title="t")
+    videos = ["a_clip.mp4", "b_clip.mp4"]
+    assert names(tmp_path / "step-1") == [*videos, "contact_sheet.png"]
+    assert list(files.videos) == list(files.fps) == ["a/clip", "b/clip"]
+    truths = [(tmp_path / "ground-truth" / name).read_bytes() for name in videos]
+    assert truths == [(tmp_path / "step-1" / name).read_bytes() for name in videos] and truths[0] != truths[1]
 
 
 def psnr(found: np.ndarray, expected: np.ndarray) -> float:

@@ -179,6 +179,8 @@ def test_mixture_draws_from_both_folders(root: Path) -> None:
         for name, tensor in source.sample(row, draw(row)).items():
             assert torch.equal(tensor, part.sample(own, draw(own))[name])
     assert [source.clip_info(row).clip_id for row in range(5)] == source.clip_ids
+    folders = ["latents"] * 3 + ["latents2"] * 2
+    assert [source.clip_info(row).folder for row in range(5)] == folders and one.clip_info(0).folder == ""
     assert torch.equal(*(one.unconditional({"text": torch.zeros(2, 1, 1)})["text"] for one in (source, two)))
     assert source.mixture(range(5), seed=0).counts == [3, 2]  # 2.5 each
     assert opened(root, *mixed(root, ("3", "1"))).mixture(range(5), seed=0).counts == [4, 1]

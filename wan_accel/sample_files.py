@@ -72,14 +72,14 @@ class SampleWriter:
         with self._decoder() as vae:
             for info, latents, cached in drawn:
                 frames = to_frames(vae.decode(latents[None])[0])
-                video = f"{_safe(info.clip_id)}.mp4"
+                video = f"{_safe(info.name)}.mp4"
                 write_mp4(temporary / video, frames, info.fps)
-                videos[info.clip_id] = final / video
+                videos[info.name] = final / video
                 sheet_clips.append(_sheet_clip(info, frames, self._ground_truth(info, cached, vae)))
         sample_sheet(sheet_clips, title=title, label=name.replace("-", " ")).save(temporary / SHEET)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        fps = {info.clip_id: info.fps for info, _, _ in drawn}
+        fps = {info.name: info.fps for info, _, _ in drawn}
         return SampleFiles(sheet=final / SHEET, videos=videos, fps=fps)
 
     @contextmanager
@@ -96,13 +96,13 @@ class SampleWriter:
 
     def _ground_truth(self, info: ClipInfo, cached: Tensor, vae: VideoVae) -> np.ndarray:
         """The frames that sheets show of a clip; the first time its video is written as well."""
-        if info.clip_id not in self._truth:
+        if info.name not in self._truth:
             frames = self._frames_of(info.clip_id) if self.clips is not None else to_frames(vae.decode(cached[None])[0])
-            path = self.folder / "ground-truth" / f"{_safe(info.clip_id)}.mp4"
+            path = self.folder / "ground-truth" / f"{_safe(info.name)}.mp4"
             path.parent.mkdir(exist_ok=True)
             write_mp4(path, frames, info.fps)
-            self._truth[info.clip_id] = frames[columns_of(len(frames))]
-        return self._truth[info.clip_id]
+            self._truth[info.name] = frames[columns_of(len(frames))]
+        return self._truth[info.name]
 
     def _frames_of(self, clip_id: str) -> np.ndarray:
         assert self.clips is not None
@@ -118,7 +118,7 @@ class SampleWriter:
 def _sheet_clip(info: ClipInfo, frames: np.ndarray, truth: np.ndarray) -> SheetClip:
     columns = columns_of(len(frames))
     return SheetClip(
-        name=info.clip_id,
+        name=info.name,
         caption=info.caption,
         moments=tuple((columns / info.fps).tolist()),
         truth=truth,

@@ -1,11 +1,12 @@
 """Shares of an epoch, coverage, and that a step of a mixture is a function of (seed, step) alone."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from wan_accel.data.mixture import Mixture
+from wan_accel.data.mixture import Mixture, folder_names
 from wan_accel.step_plan import Bucket, DatasetIndex, StepPlan
 
 SMALL, LARGE, WIDE = range(4), range(4, 34), range(34, 40)
@@ -78,3 +79,10 @@ def test_dataset_without_a_share_is_refused() -> None:
         mixture((1.0, 1e-6, 1.0))
     with pytest.raises(ValueError, match=r"data\.datasets\[0\] has 0 rows"):
         Mixture([[], [0]], [1, 1], num_rows=1, seed=0)
+
+
+def test_folders_are_named_by_what_tells_them_apart() -> None:
+    assert folder_names([Path("/data/a/latents")]) == [""]
+    assert folder_names([Path("/data/a"), Path("/data/b")]) == ["a", "b"]
+    assert folder_names([Path("/data/a/latents"), Path("/data/b/latents")]) == ["a/latents", "b/latents"]
+    assert len(folder_names([Path("/data/a"), Path("/data/a")])) == 2

@@ -33,11 +33,17 @@ _TELLING = ["clip_id", "num_frames", "height", "width", "num_known", "source_sha
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipInfo:
-    """A clip's name, caption and frames a second."""
+    """A clip's name, caption and frames a second; of several folders, the one that tells it from others' clips."""
 
     clip_id: str
     caption: str
     fps: float
+    folder: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the clip is called where clips of all folders stand together."""
+        return f"{self.folder}/{self.clip_id}" if self.folder else self.clip_id
 
 
 def list_parts(root: Path) -> dict[str, list[str]]:

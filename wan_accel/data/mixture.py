@@ -2,7 +2,9 @@
 
 import bisect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -81,6 +83,7 @@ class MixedLatents:
         self.datasets = list(datasets)
         self.weights = weights
         self._starts = [0, *accumulate(map(len, datasets))]
+        self._folders = folder_names([one.root for one in datasets])
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -133,9 +136,10 @@ class MixedLatents:
         return self.datasets[number].sample(index - self._starts[number], draw)
 
     def clip_info(self, index: int) -> ClipInfo:
-        """See `LatentsDataset.clip_info`."""
+        """See `LatentsDataset.clip_info`; the folder is named, as the same clip id may be in two."""
         number = bisect.bisect_right(self._starts, index) - 1
-        return self.datasets[number].clip_info(index - self._starts[number])
+        info = self.datasets[number].clip_info(index - self._starts[number])
+        return replace(info, folder=self._folders[number])
 
     def unconditional(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `LatentsDataset.unconditional`; the nulls of all folders are the same, as their keys are."""
@@ -148,3 +152,14 @@ class MixedLatents:
             split[bisect.bisect_right(self._starts, row) - 1].append(row)
         weights = [float(len(part)) for part in split] if self.weights is None else self.weights
         return Mixture(split, weights, num_rows=len(self), seed=seed)
+
+
+def folder_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of each path, as many as tell them apart; none of a single one."""
+    paths = [folder.resolve().parts for folder in folders]
+    names = [""] * len(paths)
+    for count in range(1, max(map(len, paths)) + 1):
+        if len(set(names)) == len(paths):
+            break
+        names = ["/".join(parts[-count:]) for parts in paths]
+    return names
