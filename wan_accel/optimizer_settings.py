@@ -6,11 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 # The schedule decides the rates. How an update is computed is left as its state was written (a fused AdamW counts
 # steps on the GPU), and is no setting that changes a result.
 _NO_SETTINGS = {"params", "lr", "initial_lr", "fused", "foreach", "capturable", "differentiable"}
 _NAMES = {"betas": "(adam_beta1, adam_beta2)", "eps": "adam_epsilon"}
+
+
+class IntervalsCallback(TrainerCallback):
+    """Logs, saves and evaluates as often as the recipe says: Trainer reads the intervals of a checkpoint's state."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)
 
 
 def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ from wan_accel.models.variants import Expert, Variant
 from wan_accel.noising import conditions_of, noise_batch
 from wan_accel.nonfinite import FiniteGuard
 from wan_accel.objective import NoiseLevels, loss_weight, per_sample_mse, step_loss
-from wan_accel.optimizer_settings import put_settings, resume_schedule, settings_of
+from wan_accel.optimizer_settings import IntervalsCallback, put_settings, resume_schedule, settings_of
 from wan_accel.optimizers import optimizer_problem
 from wan_accel.parallel.engine import detect_engine
 from wan_accel.parallel.fsdp import assert_sharded, fully_shard_denoiser
@@ -127,7 +127,7 @@ class WanTrainer(Trainer):
             args=args,
             train_dataset=train_dataset,
             eval_dataset=list(eval_draws) or None,
-            callbacks=[MetricsCallback(), EmaCallback(self), *callbacks],
+            callbacks=[IntervalsCallback(), MetricsCallback(), EmaCallback(self), *callbacks],
         )
         self.model_accepts_loss_kwargs = False
         self.source = train_dataset
