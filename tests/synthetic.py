@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 
+from wan_accel.draws import Bucket, DatasetIndex, SampleDraw
 from wan_accel.models.denoiser import WanDenoiser
 from wan_accel.models.dit import AnimateSize, build_animate_adapter, build_dit
 from wan_accel.models.variants import VARIANTS, DitSize
 from wan_accel.objective import NoiseLevels
-from wan_accel.step_plan import Bucket, DatasetIndex, SampleDraw, StepPlan
+from wan_accel.step_plan import StepPlan
 
 VIDEO = {Bucket(5, 32, 48): (2, 4, 6), Bucket(9, 32, 32): (3, 4, 4)}
 NUM_ROWS = 10

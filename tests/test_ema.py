@@ -16,11 +16,11 @@ from transformers import TrainerCallback
 
 from wan_accel import checkpoint
 from wan_accel.ema import Ema, EmaSettings
+from wan_accel.held_out import fixed_draws
 from wan_accel.parallel.zero import refuse_offload
 from wan_accel.recipe.arguments import training_arguments
 from wan_accel.recipe.check import check
 from wan_accel.recipe.load import load_recipe
-from wan_accel.step_plan import fixed_draws
 
 Weights = dict[str, torch.Tensor]
 LAYOUTS = {"single": 1, "ddp": 2, "fsdp2": 2, "zero3": 2}

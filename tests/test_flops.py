@@ -10,12 +10,14 @@ import torch
 from synthetic import tiny_denoiser
 from torch.utils.flop_counter import FlopCounterMode
 
+from wan_accel.dealing import imbalance
+from wan_accel.draws import Bucket, DatasetIndex
 from wan_accel.flops import PEAK_TFLOPS, Work, peak_tflops, step_flops
 from wan_accel.lora import LoraSettings, inject_lora
 from wan_accel.models.denoiser import WanDenoiser
 from wan_accel.models.dit import AnimateSize, build_animate_adapter, build_dit
 from wan_accel.models.variants import VARIANTS, DitSize
-from wan_accel.step_plan import Bucket, DatasetIndex, StepPlan, imbalance
+from wan_accel.step_plan import StepPlan
 from wan_accel.throughput import Throughput, size_of
 
 SIZE = DitSize(

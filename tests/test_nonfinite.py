@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from wan_accel import checkpoint
 from wan_accel.arguments import WanTrainingArguments
+from wan_accel.draws import SampleDraw
 from wan_accel.models.pair import ExpertPair
 from wan_accel.models.variants import VARIANTS
 from wan_accel.nonfinite import FiniteGuard, NonFiniteError
@@ -21,7 +22,6 @@ from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.recipe.arguments import training_arguments
 from wan_accel.recipe.check import check
 from wan_accel.recipe.load import load_recipe
-from wan_accel.step_plan import SampleDraw
 
 ROW = 4
 # A schedule that rises with every step and does not depend on the length of the run.

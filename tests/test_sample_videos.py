@@ -22,6 +22,7 @@ from wan_accel import cache, evaluate, train
 from wan_accel.checkpoint import complete_checkpoints
 from wan_accel.data.clips import decode_mp4
 from wan_accel.data.latents import ClipInfo, LatentsDataset
+from wan_accel.draws import SampleDraw
 from wan_accel.models.blocks import WanBlock
 from wan_accel.models.encoders import load_vae
 from wan_accel.models.variants import get_variant
@@ -30,7 +31,6 @@ from wan_accel.sample_files import SampleFiles, SampleWriter, to_frames, write_m
 from wan_accel.sample_sheet import SheetClip, columns_of, sample_sheet
 from wan_accel.sample_trackers import log_samples
 from wan_accel.sample_videos import SampleCallback
-from wan_accel.step_plan import SampleDraw
 from wan_accel.tiny import init_tiny
 
 RECIPE = """

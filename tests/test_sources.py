@@ -24,10 +24,10 @@ from wan_accel.data.digest import digest_rows
 from wan_accel.data.latents import LatentsDataset
 from wan_accel.data.mixture import MixedLatents
 from wan_accel.data.schema import LATENTS_SCHEMA, clips_features, latents_features, null_features
+from wan_accel.draws import SampleDraw
 from wan_accel.models.variants import get_variant
 from wan_accel.parallel.agreement import name_ranks
 from wan_accel.sources import open_source
-from wan_accel.step_plan import SampleDraw
 from wan_accel.tiny import init_tiny
 
 VARIANT = get_variant("t2v-1.3b")

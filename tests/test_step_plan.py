@@ -8,20 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wan_accel.dealing import imbalance
+from wan_accel.draws import NO_KNOWN, Bucket, DatasetIndex, SampleDraw, Step, TokenBudget
+from wan_accel.held_out import fixed_draws, split_groups
 from wan_accel.models.variants import VARIANTS
 from wan_accel.objective import NoiseLevels
-from wan_accel.step_plan import (
-    NO_KNOWN,
-    Bucket,
-    DatasetIndex,
-    SampleDraw,
-    Step,
-    StepPlan,
-    TokenBudget,
-    fixed_draws,
-    imbalance,
-    split_groups,
-)
+from wan_accel.step_plan import StepPlan
 
 BUCKETS = [Bucket(17, 256, 448), Bucket(33, 256, 448), Bucket(81, 480, 832)]
 RANK_COUNTS = [1, 2, 3, 4, 6, 12]

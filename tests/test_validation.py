@@ -10,10 +10,10 @@ import torch
 from ranks import run_ranks
 from synthetic import GLOBAL_BATCH, NUM_ROWS, SyntheticSource, plan_for, tiny_denoiser
 
+from wan_accel.held_out import fixed_draws, split_groups
 from wan_accel.metrics import losses_by_sigma, plot_losses_by_sigma
 from wan_accel.models.variants import VARIANTS
 from wan_accel.recipe.schema import SampleVideos
-from wan_accel.step_plan import fixed_draws, split_groups
 from wan_accel.validation import BinLoss, as_metrics, sigma_labels
 
 PAIR = VARIANTS["t2v-a14b"]

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from wan_accel import checkpoint
 from wan_accel.data.collate import MicroBatch, SampleSource
+from wan_accel.draws import SampleDraw
 from wan_accel.parallel.mesh import ParallelDims
-from wan_accel.step_plan import SampleDraw, StepPlan
+from wan_accel.step_plan import StepPlan
 
 if TYPE_CHECKING:
     from wan_accel.arguments import WanTrainingArguments

@@ -11,11 +11,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wan_accel.data.collate import SampleSource, collate
+from wan_accel.draws import DatasetIndex, SampleDraw
+from wan_accel.held_out import fixed_draws
 from wan_accel.noising import impose_known
 from wan_accel.recipe.schema import SampleVideos
 from wan_accel.sample_schedule import drawn_sigmas
 from wan_accel.sampling import Velocity, sample_latents
-from wan_accel.step_plan import DatasetIndex, SampleDraw, fixed_draws
 from wan_accel.validation import share
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from wan_accel.data.latents import LatentsDataset
 from wan_accel.data.mixture import MixedLatents
+from wan_accel.draws import SampleDraw
 from wan_accel.models.hub import resolve_checkpoint
 from wan_accel.recipe.schema import Recipe, SampleVideos
 from wan_accel.sample_drawing import draw_share, gather, sample_draws
 from wan_accel.sample_files import SampleFiles, SampleWriter
 from wan_accel.sample_schedule import choose_rows, drawn_sigmas
 from wan_accel.sample_trackers import log_samples
-from wan_accel.step_plan import SampleDraw
 from wan_accel.trainer import WanTrainer
 
 logger = logging.getLogger("wan_accel")

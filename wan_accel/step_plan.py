@@ -10,142 +10,16 @@ part in its collectives.
 """
 
 import math
-from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
+from wan_accel.dealing import Group, deal, pack
+from wan_accel.draws import NO_KNOWN, BatchSize, DatasetIndex, MicroStep, SampleDraw, Step, num_samples
 from wan_accel.models.variants import Expert
 from wan_accel.objective import NoiseLevels
-
-NO_KNOWN = -1
-
-
-class Bucket(NamedTuple):
-    """Samples of one shape: frames, and height and width in pixels."""
-
-    num_frames: int
-    height: int
-    width: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DatasetIndex:
-    """What the plan has to know of a dataset: a bucket and the number of cached known variants of every row."""
-
-    buckets: tuple[Bucket, ...]
-    num_known: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.buckets) != len(self.num_known):
-            raise ValueError(f"{len(self.buckets)} buckets but {len(self.num_known)} known-variant counts")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenBudget:
-    """A batch of about `tokens` tokens: the samples of a bucket that fit, a multiple of `multiple_of` and at least one.
-
-    num_tokens: tokens of a sample of a bucket, e.g. `Variant.num_tokens`.
-    """
-
-    tokens: int
-    num_tokens: Callable[[int, int, int], int]
-    multiple_of: int = 1
-
-    def samples(self, bucket: Bucket) -> int:
-        whole = self.tokens // self.num_tokens(*bucket) // self.multiple_of
-        return max(1, whole) * self.multiple_of
-
-
-BatchSize = int | TokenBudget
-
-
-def num_samples(size: BatchSize, bucket: Bucket) -> int:
-    """Samples of a batch of one bucket."""
-    return size if isinstance(size, int) else size.samples(bucket)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SampleDraw:
-    """One sample of a step. `weight` is 0 for a filler; `known` is -1 for plain animation without known pixels."""
-
-    index: int
-    epoch: int
-    sigma: float
-    noise_seed: int
-    drop_caption: bool = False
-    drop_face: bool = False
-    drop_image: bool = False
-    known: int = NO_KNOWN
-    weight: float = 1.0
-
-    @property
-    def timestep(self) -> float:
-        return 1000.0 * self.sigma
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MicroStep:
-    """One forward and backward of every rank: `samples[data rank]` is never empty."""
-
-    bucket: Bucket
-    expert: str
-    samples: tuple[tuple[SampleDraw, ...], ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
-    """An optimizer step: `num_samples` true samples over all ranks."""
-
-    step: int
-    epoch: int
-    num_samples: int
-    micro_steps: tuple[MicroStep, ...]
-
-    @property
-    def samples_of(self) -> Counter[str]:
-        """True samples over all ranks of each expert."""
-        counts: Counter[str] = Counter()
-        for micro in self.micro_steps:
-            counts[micro.expert] += sum(draw.weight > 0 for hand in micro.samples for draw in hand)
-        return counts
-
-
-# Samples of one bucket and expert.
-Group = tuple[tuple[Bucket, str], np.ndarray]
-
-# Purposes of random numbers: one stream each, so that adding a draw never changes another.
-_ORDER, _STEP_ORDER, _SIGMA, _NOISE, _CAPTION, _FACE, _KNOWN, _SPLIT, _FIXED, _IMAGE, _MIXTURE = range(11)
-
-
-def _mix(value: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (Steele et al. 2014): a bijection of uint64 that spreads every bit."""
-    with np.errstate(over="ignore"):
-        value = value + np.uint64(0x9E3779B97F4A7C15)
-        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return value ^ (value >> np.uint64(31))
-
-
-def _hash(seed: int, purpose: int, epoch: int, items: np.ndarray) -> np.ndarray:
-    """uint64 for each item: the same on every platform, without a state to replay."""
-    key = np.zeros((), dtype=np.uint64)
-    for part in (seed, purpose, epoch):
-        key = _mix(key ^ np.uint64(part % 2**64))
-    return _mix(_mix(items.astype(np.uint64)) ^ key)
-
-
-def _uniform(seed: int, purpose: int, epoch: int, items: np.ndarray) -> np.ndarray:
-    """Uniform in [0, 1) with 53 random bits."""
-    return (_hash(seed, purpose, epoch, items) >> np.uint64(11)).astype(np.float64) / 2**53
-
-
-def shuffled(rows: np.ndarray, *, seed: int, number: int) -> np.ndarray:
-    """Rows in an order fixed by (seed, number): the passes of a mixture over a dataset."""
-    return rows[np.argsort(_hash(seed, _MIXTURE, number, rows), kind="stable")]
+from wan_accel.streams import Stream, hash_items, uniform
 
 
 class EpochItems(Protocol):
@@ -270,7 +144,7 @@ class StepPlan:
         for (bucket, expert), rows in groups:
             draws = [self._draw(int(row), epoch) for row in rows]
             micro_batch = num_samples(self.micro_batch, bucket)
-            micro_steps += _deal(bucket, expert, draws, num_data_ranks, micro_batch, first_rank)
+            micro_steps += deal(bucket, expert, draws, num_data_ranks, micro_batch, first_rank)
             first_rank += len(draws)  # the next group goes on where this one stopped, which evens out the tails
         return Step(
             step=step,
@@ -282,7 +156,7 @@ class StepPlan:
     def _plan_epoch(self, epoch: int) -> list[list[Group]]:
         """Every step of an epoch as groups of rows, before they are dealt to ranks."""
         items = self.rows if self.mixture is None else self.mixture.of(epoch)
-        order = np.argsort(_hash(self.seed, _ORDER, epoch, items), kind="stable")
+        order = np.argsort(hash_items(self.seed, Stream.ORDER, epoch, items), kind="stable")
         # Groups in the order of (bucket, expert name), rows in the order of the epoch.
         names = sorted(expert.name for expert in self.experts)
         owners = np.asarray([names.index(expert.name) for expert in self.experts])[self._owners(items, epoch)]
@@ -297,13 +171,13 @@ class StepPlan:
             full = len(rows) // size * size
             steps += [[(key, batch)] for batch in rows[:full].reshape(-1, size)]
             tail.append((key, rows[full:]))
-        steps += _pack(tail, self.global_batch)
-        shuffled = np.argsort(_hash(self.seed, _STEP_ORDER, epoch, np.arange(len(steps))), kind="stable")
+        steps += pack(tail, self.global_batch)
+        shuffled = np.argsort(hash_items(self.seed, Stream.STEP_ORDER, epoch, np.arange(len(steps))), kind="stable")
         return [steps[i] for i in shuffled]
 
     def _owners(self, items: np.ndarray, epoch: int) -> np.ndarray:
         """The position in `experts` of each item's expert."""
-        return np.searchsorted(self._cuts, _uniform(self.seed, _SIGMA, epoch, items), side="right")
+        return np.searchsorted(self._cuts, uniform(self.seed, Stream.SIGMA, epoch, items), side="right")
 
     def expert_at(self, sigma: float) -> str:
         """The name of the trained expert for a noise level; the only one for any."""
@@ -313,7 +187,7 @@ class StepPlan:
 
     def _sigma(self, item: int, epoch: int) -> float:
         """The sample's noise level, inside the range of the expert that its draw belongs to."""
-        u = float(_uniform(self.seed, _SIGMA, epoch, np.asarray(item)))
+        u = float(uniform(self.seed, Stream.SIGMA, epoch, np.asarray(item)))
         expert = self.experts[int(np.searchsorted(self._cuts, u, side="right"))]
         highest = expert.sigma_max if expert.covers(expert.sigma_max) else math.nextafter(expert.sigma_max, 0.0)
         return min(max(self.levels.sample(u), expert.sigma_min), highest)
@@ -321,124 +195,17 @@ class StepPlan:
     def _draw(self, number: int, epoch: int) -> SampleDraw:
         item, row = np.asarray(number), number % len(self.index.buckets)
 
-        def uniform(purpose: int) -> float:
-            return float(_uniform(self.seed, purpose, epoch, item))
+        def drawn(purpose: Stream) -> float:
+            return float(uniform(self.seed, purpose, epoch, item))
 
         num_known = self.index.num_known[row]
         return SampleDraw(
             index=row,
             epoch=epoch,
             sigma=self._sigma(number, epoch),
-            noise_seed=int(_hash(self.seed, _NOISE, epoch, item) >> np.uint64(1)),
-            drop_caption=uniform(_CAPTION) < self.caption_dropout,
-            drop_face=uniform(_FACE) < self.face_dropout,
-            drop_image=uniform(_IMAGE) < self.image_dropout,
-            known=int(uniform(_KNOWN) * num_known) if num_known else NO_KNOWN,
+            noise_seed=int(hash_items(self.seed, Stream.NOISE, epoch, item) >> np.uint64(1)),
+            drop_caption=drawn(Stream.CAPTION) < self.caption_dropout,
+            drop_face=drawn(Stream.FACE) < self.face_dropout,
+            drop_image=drawn(Stream.IMAGE) < self.image_dropout,
+            known=int(drawn(Stream.KNOWN) * num_known) if num_known else NO_KNOWN,
         )
-
-
-def _pack(tail: Sequence[Group], global_batch: BatchSize) -> list[list[Group]]:
-    """Fill steps with what is left of every group, in order; a sample takes the share 1 / (its batch) of a step."""
-    steps: list[list[Group]] = []
-    room = Fraction(0)
-    for key, rows in tail:
-        size = num_samples(global_batch, key[0])
-        while len(rows):
-            if room * size < 1:
-                steps.append([])
-                room = Fraction(1)
-            count = min(len(rows), int(room * size))
-            steps[-1].append((key, rows[:count]))
-            rows, room = rows[count:], room - Fraction(count, size)
-    return steps
-
-
-def _deal(
-    bucket: Bucket,
-    expert: str,
-    draws: Sequence[SampleDraw],
-    num_ranks: int,
-    micro_batch: int,
-    first_rank: int,
-) -> list[MicroStep]:
-    """Deal samples to ranks in turn, then cut every rank's hand into micro-steps."""
-    hands: list[list[SampleDraw]] = [[] for _ in range(num_ranks)]
-    for position, draw in enumerate(draws):
-        hands[(first_rank + position) % num_ranks].append(draw)
-    filler = (_as_filler(draws[0]),)
-    return [
-        MicroStep(
-            bucket=bucket,
-            expert=expert,
-            samples=tuple(tuple(hand[start : start + micro_batch]) or filler for hand in hands),
-        )
-        for start in range(0, max(map(len, hands)), micro_batch)
-    ]
-
-
-def _as_filler(draw: SampleDraw) -> SampleDraw:
-    return SampleDraw(index=draw.index, epoch=draw.epoch, sigma=draw.sigma, noise_seed=draw.noise_seed, weight=0.0)
-
-
-def imbalance(steps: Sequence[Step], flops: Mapping[Bucket, float] | Callable[[Bucket], float]) -> float:
-    """The share of FLOPs that ranks spend waiting or on fillers: 1 - useful / (ranks x slowest rank), over `steps`."""
-    cost = flops if callable(flops) else flops.__getitem__
-    useful = spent = 0.0
-    for step in steps:
-        for micro in step.micro_steps:
-            useful += cost(micro.bucket) * sum(draw.weight for hand in micro.samples for draw in hand)
-            spent += cost(micro.bucket) * len(micro.samples) * max(map(len, micro.samples))
-    return 1 - useful / spent
-
-
-def split_groups(group_ids: Sequence[Hashable], *, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split rows into training and validation rows without tearing a group (the clips of one source) apart.
-
-    Groups go to validation in an order fixed by (seed, group id) until they hold at least `fraction` of the
-    rows; adding rows to a dataset therefore moves few groups. A fraction of 0 gives no validation rows.
-    """
-    groups: dict[str, list[int]] = {}
-    for row, group in enumerate(group_ids):
-        groups.setdefault(str(group), []).append(row)
-    keys = {name: np.frombuffer(name.encode().ljust(8, b"\0"), dtype=np.uint8) for name in groups}
-    order = sorted(groups, key=lambda name: (int(_fold(seed, keys[name])), name))
-    evaluation: list[int] = []
-    for name in order:
-        if len(evaluation) >= fraction * len(group_ids):
-            break
-        evaluation += groups[name]
-    held = set(evaluation)
-    return [row for row in range(len(group_ids)) if row not in held], sorted(evaluation)
-
-
-def _fold(seed: int, data: np.ndarray) -> np.uint64:
-    """Hash bytes."""
-    key = _hash(seed, _SPLIT, 0, np.asarray(len(data)))
-    for byte in data.tolist():
-        key = _mix(key ^ np.uint64(byte))
-    return key  # type: ignore[return-value]
-
-
-def fixed_draws(
-    index: DatasetIndex, rows: Sequence[int], *, num_sigmas: int, seed: int, expert: Expert | None = None
-) -> list[SampleDraw]:
-    """Draws for validation: every row at `num_sigmas` evenly spread sigmas, noise fixed, nothing dropped.
-
-    Sigmas are the middles of equal bins of the expert's range, so the mean over them is not dominated by the
-    training density.
-    """
-    low, high = (expert.sigma_min, expert.sigma_max) if expert is not None else (0.0, 1.0)
-    draws = []
-    for row in rows:
-        for level in range(num_sigmas):
-            item = np.asarray(row * num_sigmas + level)
-            draws.append(
-                SampleDraw(
-                    index=int(row),
-                    epoch=0,
-                    sigma=low + (high - low) * (level + 0.5) / num_sigmas,
-                    noise_seed=int(_hash(seed, _FIXED, 0, item) >> np.uint64(1)),
-                    known=0 if index.num_known[row] else NO_KNOWN,
-                )
-            )
-    return draws

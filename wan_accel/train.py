@@ -19,6 +19,9 @@ from wan_accel.assemble import Techniques, assemble_experts, launched_engine, la
 from wan_accel.data.latents import LatentsDataset
 from wan_accel.data.mixture import MixedLatents
 from wan_accel.data.provenance import removed_clips, warn_of_removed
+from wan_accel.default_plan import default_plan
+from wan_accel.draws import SampleDraw
+from wan_accel.held_out import fixed_draws, split_groups
 from wan_accel.live import load_live_encoder, open_live
 from wan_accel.logs import log_failure, log_to_file, start_logging
 from wan_accel.lora import LoraSettings
@@ -36,8 +39,8 @@ from wan_accel.recipe.schema import Recipe
 from wan_accel.sample_schedule import choose_rows
 from wan_accel.sample_videos import add_sampling
 from wan_accel.sources import open_source
-from wan_accel.step_plan import SampleDraw, StepPlan, fixed_draws, split_groups
-from wan_accel.trainer import WanTrainer, default_plan
+from wan_accel.step_plan import StepPlan
+from wan_accel.trainer import WanTrainer
 from wan_accel.weights import open_weights
 
 logger = logging.getLogger("wan_accel")

@@ -9,71 +9,52 @@ Trainer methods that are overridden, checked against transformers 5.17 to 5.23 (
 | create_optimizer | the experts of a pair have parameter groups of their own |
 | training_step | runs the micro-batches of a step; loss = sum over samples / global sample count |
 | _clip_grad_norm, _get_grad_norm | each expert by its own norm over sharded parameters; a norm that is not finite |
-| _save_checkpoint, _load_from_checkpoint | our checkpoints (wan_accel.checkpoint) |
+| _save_checkpoint, _load_from_checkpoint | our checkpoints (wan_accel.run_checkpoints) |
 | evaluate | fixed-noise loss |
 | get_batch_samples, log | data wait, tokens per second, TFLOP/s, MFU, peak memory |
 """
 
-import logging
 import math
-import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainerCallback, TrainerState
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from wan_accel import checkpoint
 from wan_accel.arguments import WanTrainingArguments
-from wan_accel.checkpoint import Manifest
-from wan_accel.data.collate import MicroBatch, SampleSource, StepDataset, share_memory
+from wan_accel.data.collate import MicroBatch, SampleSource
 from wan_accel.data.digest import RowsDigest
+from wan_accel.default_plan import default_plan
+from wan_accel.draws import SampleDraw
 from wan_accel.ema import Ema, EmaCallback, start_ema
+from wan_accel.interval import Interval, StepRecord, joint_norm
 from wan_accel.lora import LoraSettings
 from wan_accel.metrics import MetricsCallback, peak_gib
-from wan_accel.models.denoiser import WanDenoiser, inject_ulysses
+from wan_accel.models.denoiser import WanDenoiser
 from wan_accel.models.pair import ExpertPair, experts_of, split_by_expert
-from wan_accel.models.variants import Expert, Variant
+from wan_accel.models.variants import Variant
 from wan_accel.noising import conditions_of, noise_batch
 from wan_accel.nonfinite import FiniteGuard
-from wan_accel.objective import NoiseLevels, loss_weight, per_sample_mse, step_loss
-from wan_accel.optimizer_settings import IntervalsCallback, put_settings, resume_schedule, settings_of
+from wan_accel.objective import loss_weight, per_sample_mse, step_loss
+from wan_accel.optimizer_settings import IntervalsCallback
 from wan_accel.optimizers import optimizer_problem
 from wan_accel.parallel.engine import detect_engine
-from wan_accel.parallel.fsdp import assert_sharded, fully_shard_denoiser
 from wan_accel.parallel.mesh import ParallelDims
-from wan_accel.parallel.zero import JointOptimizer, backward_zero, prepare_engine, refuse_offload
-from wan_accel.step_plan import EpochItems, SampleDraw, StepPlan, TokenBudget
+from wan_accel.parallel.zero import backward_zero, refuse_offload
+from wan_accel.preparation import apply_parallelism, dp_replicate, prepare_pair, prepare_sharded
+from wan_accel.run_checkpoints import manifest_of, resume, save_checkpoint
+from wan_accel.step_loader import step_loader
+from wan_accel.step_plan import StepPlan
 from wan_accel.throughput import Throughput
 from wan_accel.validation import as_metrics, fixed_losses
-
-logger = logging.getLogger("wan_accel")
-_SKIPPED = "skipped_steps"  # in trainer_state.json, beside the state of callbacks
-
-
-class _StepSampler(Sampler):
-    """Yields the optimizer steps from where the run stands to its end; it has no length on purpose.
-
-    Trainer reads the state of a checkpoint before it asks for the first batch, so a resumed run starts at its
-    step without reading or skipping anything.
-    """
-
-    def __init__(self, trainer: "WanTrainer") -> None:
-        self.trainer = trainer
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.trainer.state.global_step, self.trainer.args.max_steps))
 
 
 class WanTrainer(Trainer):
@@ -141,12 +122,12 @@ class WanTrainer(Trainer):
         self.live = live
         self.engine = detect_engine(self.accelerator)
         self.dims = ParallelDims(
-            world_size=args.world_size, ulysses=args.ulysses, dp_replicate=_dp_replicate(self.accelerator)
+            world_size=args.world_size, ulysses=args.ulysses, dp_replicate=dp_replicate(self.accelerator)
         )
         self.lanes: dict[str, nn.Module] = dict(experts_of(model, expert))
         for denoiser in experts_of(model, expert).values():
             self.dims.validate(denoiser.num_heads)
-            self._apply_parallelism(denoiser)
+            apply_parallelism(self, denoiser)
         self._step_experts: list[str] = []
         self._norms: dict[str, Tensor | float] = {}
         problem = optimizer_problem(OptimizerNames(args.optim).value, self.engine)
@@ -156,105 +137,37 @@ class WanTrainer(Trainer):
             refuse_offload(self.accelerator.state.deepspeed_plugin.deepspeed_config)
         self.ema: Ema | None = None
         self.guard = FiniteGuard(args, plan, train_dataset, self.dims)
-        self._step: _StepRecord | None = None
+        self._step: StepRecord | None = None
         first = next(iter(experts_of(model, expert).values()))
         self.throughput = Throughput(first, lora, ulysses=args.ulysses, device=self.accelerator.device)
-        self._logged = _Interval()
-
-    def _apply_parallelism(self, model: WanDenoiser) -> None:
-        """Ulysses, then sharding, where the caller has not applied them."""
-        device_type = self.accelerator.device.type
-        if self.args.ulysses > 1 and model.sequence_parallel is None:
-            group = self.dims.ulysses_group(device_type)
-            assert group is not None
-            inject_ulysses(model, group)
-        if self.engine == "fsdp2":
-            if not isinstance(model, FSDPModule):
-                model.to(self.accelerator.device)
-                plugin = self.accelerator.state.fsdp_plugin
-                fully_shard_denoiser(model, plugin, self.dims.shard_mesh(device_type))
-            assert_sharded(model)
+        self._logged = Interval()
 
     def get_train_dataloader(self) -> DataLoader:
         """One item an optimizer step; it is not given to accelerate, which would shard it again."""
-        dataset = StepDataset(
-            self.source if self.live is None else self.live[0],
-            self.plan,
-            data_rank=self.dims.data_rank(self.args.process_index),
-            num_data_ranks=self.dims.num_data_ranks,
-        )
-        workers = self.args.dataloader_num_workers
-        return DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=_StepSampler(self),
-            num_workers=workers,
-            worker_init_fn=share_memory,
-            persistent_workers=workers > 0,
-            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
-            pin_memory=self.args.dataloader_pin_memory and self.accelerator.device.type == "cuda",
-        )
+        return step_loader(self)
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
     ) -> tuple[nn.Module, DataLoader]:
         if self.engine == "fsdp2":
-            model = self._prepare_sharded(max_steps)
+            model = prepare_sharded(self, max_steps)
         elif isinstance(self.model, ExpertPair):
-            model = self._prepare_pair(self.model, max_steps)
+            model = prepare_pair(self, self.model, max_steps)
         else:
             model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
             self.lanes = {self.expert: model}
         self.ema = start_ema(self.args, self._unwrapped, is_zero3=self.engine == "zero3")
         if resume_from_checkpoint is not None:
-            self._resume(Path(resume_from_checkpoint), model)
+            resume(self, Path(resume_from_checkpoint), model)
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = train_dataloader
         return model, train_dataloader
 
-    def _prepare_sharded(self, max_steps: int) -> nn.Module:
-        """Register an already sharded model and its optimizer with accelerate.
-
-        `accelerator.prepare` maps the optimizer's parameters by data pointer (accelerate 1.15,
-        `fsdp2_switch_optimizer_parameters`). Ranks beyond a short dim 0, such as a modulation's 1, hold empty
-        shards that all have pointer 0, so it would mix them up. It can go when accelerate maps by name.
-        """
-        self.create_optimizer()
-        assert self.optimizer is not None
-        self.optimizer = AcceleratedOptimizer(self.optimizer, device_placement=False)
-        self.accelerator._optimizers.append(self.optimizer)
-        self.accelerator._models.append(self._module)
-        self.create_scheduler(num_training_steps=max_steps)
-        self.model_wrapped = self._module
-        return self._module
-
-    def _prepare_pair(self, pair: ExpertPair, max_steps: int) -> nn.Module:
-        """Wrap each expert by itself. Under ZeRO-3 each has an engine with its own optimizer, which steps by itself."""
-        if self.engine == "zero3":
-            self.lanes, self.optimizer = self._prepare_zero_pair(pair, max_steps)
-        else:
-            self.create_optimizer()
-            self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
-            self.lanes = {name: self.accelerator.prepare_model(expert) for name, expert in pair.named_children()}
-        self.create_scheduler(num_training_steps=max_steps)
-        self.model_wrapped = pair
-        return pair
-
-    def _prepare_zero_pair(self, pair: ExpertPair, max_steps: int) -> tuple[dict[str, nn.Module], JointOptimizer]:
-        plugin = self.accelerator.state.deepspeed_plugin
-        plugin.hf_ds_config.trainer_config_finalize(self.args, pair, max_steps)  # fills what is "auto"
-        engines, optimizers = {}, []
-        for name, expert in pair.named_children():
-            self.optimizer = None
-            engines[name], optimizer = prepare_engine(self.accelerator, expert, self.create_optimizer(expert))
-            optimizers.append(optimizer)
-        return engines, JointOptimizer(optimizers)
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer; the experts of a pair get parameter groups of their own."""
         optimizer = super().create_optimizer(model)
-        model = self._module if model is None else model
+        model = self.module if model is None else model
         if isinstance(model, ExpertPair):
             optimizer.param_groups = split_by_expert(optimizer.param_groups, model)
         return optimizer
@@ -279,7 +192,7 @@ class WanTrainer(Trainer):
             total += loss
             sums[expert] = sums.get(expert, torch.zeros_like(loss)) + loss * inputs["num_samples"]
             self.throughput.add(batch["latents"].shape)
-        self._step = _StepRecord(loss=total, loss_sums=sums, num_samples=inputs["samples_of"])
+        self._step = StepRecord(loss=total, loss_sums=sums, num_samples=inputs["samples_of"])
         return total
 
     def _micro_step(self, expert: str, batch: MicroBatch, num_samples: int, *, is_last: bool) -> Tensor:
@@ -331,7 +244,7 @@ class WanTrainer(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
         """Clip each expert that the step used by its own norm; returns the norm over all of them."""
         self._norms = {expert: self._clip_lane(self.lanes[expert]) for expert in sorted(set(self._step_experts))}
-        return _joint_norm(self._norms)
+        return joint_norm(self._norms)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         """Trainer calls this before the optimizer's step: a norm that is not finite stops the run or the step here.
@@ -346,7 +259,7 @@ class WanTrainer(Trainer):
         assert self._step is not None
         if left_out:
             self._tr_loss -= self._step.loss
-            grad_norm = _joint_norm({name: norm for name, norm in self._norms.items() if name not in left_out})
+            grad_norm = joint_norm({name: norm for name, norm in self._norms.items() if name not in left_out})
         self._logged.add(self._step, self._norms, left_out)
         if grad_norm is not None:
             self._logged.grad_norm = grad_norm
@@ -387,33 +300,15 @@ class WanTrainer(Trainer):
 
     @property
     def _unwrapped(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self._module)
+        return self.accelerator.unwrap_model(self.module)
 
     # ---- checkpoints ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write a complete checkpoint beside the others, then rename it into place. Collective."""
-        step, is_main = self.state.global_step, self.args.should_save
         self.guard.flush()
         self.check_space()
-        folder = checkpoint.start(self.output_dir, step, is_main=is_main)
-        if self.engine == "zero3":
-            for expert, engine in self._engines.items():
-                engine.save_checkpoint(str(checkpoint.zero_folder(folder, expert)), exclude_frozen_parameters=True)
-        else:
-            checkpoint.save_weights(folder, model, self._plain_optimizer)
-        if self.ema is not None:
-            self.ema.save(folder, is_main=is_main)
-        self._save_rng_state(str(folder))
-        if is_main:
-            assert self.lr_scheduler is not None
-            torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
-            callbacks: Any = self.state.stateful_callbacks  # a dictionary once the state is made
-            callbacks[_SKIPPED] = self.guard.num_skipped
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-            if (recipe := self.output_dir / "recipe.yaml").is_file():  # so that a checkpoint is whole by itself
-                shutil.copyfile(recipe, folder / recipe.name)
-        checkpoint.commit(folder, self._manifest(step), keep=self.args.save_total_limit, is_main=is_main)
+        save_checkpoint(self, model)
 
     def save_last(self) -> None:
         """Save the step that the run stands at, unless its newest checkpoint is of it. Collective."""
@@ -424,44 +319,11 @@ class WanTrainer(Trainer):
 
     def check_space(self) -> None:
         """Raise NoSpaceError unless the disk holds another checkpoint. Every rank looks at the same disk."""
-        checkpoint.check_space(self.output_dir, self._manifest(0).trained, has_ema=bool(self.args.ema_decay))
-
-    def _manifest(self, step: int) -> Manifest:
-        lora = None
-        if self.lora is not None:
-            lora = {
-                "r": self.lora.r,
-                "lora_alpha": self.lora.lora_alpha,
-                "target_modules": list(self.lora.target_modules),
-            }
-        unwrapped = self.accelerator.unwrap_model(self._module)
-        shapes = {
-            # Under ZeRO-3 a parameter is empty on its own and keeps its shape beside.
-            name: list(getattr(parameter, "ds_shape", parameter.shape))
-            for name, parameter in unwrapped.named_parameters()
-            if parameter.requires_grad
-        }
-        return Manifest(
-            engine=self.engine,
-            step=step,
-            variant=self.variant.name,
-            expert=self.expert,
-            method="full" if self.lora is None else "lora",
-            base=self.base,
-            lora=lora,
-            world_size=self.args.world_size,
-            ulysses=self.args.ulysses,
-            trained=shapes,
-            data=asdict(self.data) if self.data is not None else None,
-        )
+        checkpoint.check_space(self.output_dir, manifest_of(self, 0).trained, has_ema=bool(self.args.ema_decay))
 
     @property
-    def _engines(self) -> dict[str, Any]:
-        """DeepSpeed's engine of each expert under ZeRO-3."""
-        return self.lanes
-
-    @property
-    def _module(self) -> nn.Module:
+    def module(self) -> nn.Module:
+        """The denoiser or pair, without what an engine wraps around it (under FSDP2 sharded in place)."""
         assert isinstance(self.model, nn.Module)
         return self.model
 
@@ -470,59 +332,8 @@ class WanTrainer(Trainer):
         assert self.args.output_dir is not None
         return Path(self.args.output_dir)
 
-    @property
-    def _plain_optimizer(self) -> torch.optim.Optimizer:
-        optimizer = self.optimizer
-        while isinstance(optimizer, AcceleratedOptimizer):
-            optimizer = optimizer.optimizer
-        assert optimizer is not None
-        return optimizer
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Nothing: Trainer calls this before preparation for some engines; `_resume` loads after it for all."""
-
-    def _resume(self, folder: Path, model: nn.Module) -> None:
-        """Load weights and the state of optimizer and schedule, whose settings stay the recipe's. Collective.
-
-        Raises:
-            ValueError: the checkpoint was written by an engine of the other family, or trains something else.
-        """
-        saved, current = checkpoint.read_manifest(folder), self._manifest(0)
-        if (saved.engine == "zero3") != (self.engine == "zero3"):
-            raise ValueError(
-                f"{folder} was written by {saved.engine} and cannot be resumed with {self.engine}: "
-                f"resume with {saved.engine}, or export its weights and start a new run from them"
-            )
-        for field in ("variant", "expert", "method", "lora", "trained"):
-            if getattr(saved, field) != getattr(current, field):
-                raise ValueError(f"{folder} trains another {field} than this recipe: use another output_dir or recipe")
-        if problem := checkpoint.other_data(folder, saved, current):
-            logger.log(logging.WARNING if self.is_world_process_zero() else logging.INFO, problem)
-        assert self.optimizer is not None and self.lr_scheduler is not None
-        settings = settings_of(self.optimizer)
-        if self.engine == "zero3":
-            if saved.world_size != self.args.world_size:
-                raise ValueError(
-                    f"{folder} was written by {saved.world_size} ZeRO-3 processes and cannot be resumed on "
-                    f"{self.args.world_size}: start {saved.world_size}"
-                )
-            for expert, engine in self._engines.items():
-                place = checkpoint.zero_folder(folder, expert)
-                loaded, _ = engine.load_checkpoint(str(place), load_module_strict=False)
-                if loaded is None:  # DeepSpeed only warns
-                    raise ValueError(f"{place} is damaged or not complete: resume from another checkpoint of the run")
-        else:
-            checkpoint.load_weights(folder, model, self._plain_optimizer)
-        if self.ema is not None:
-            self.ema.load(folder)
-        callbacks: Any = TrainerState.load_from_json(str(folder / "trainer_state.json")).stateful_callbacks
-        self.guard.num_skipped = callbacks.get(_SKIPPED, 0)
-        changes = put_settings(self.optimizer, settings)
-        schedule = torch.load(folder / "scheduler.pt", weights_only=True)
-        changes += resume_schedule(self.lr_scheduler, schedule, self.optimizer)
-        if changes:
-            level = logging.WARNING if self.is_world_process_zero() else logging.INFO
-            logger.log(level, "resumed from %s with other settings of the recipe: %s", folder.name, "; ".join(changes))
+        """Nothing: Trainer calls this before preparation for some engines; `resume` loads after it for all."""
 
     # ---- validation ----
 
@@ -592,98 +403,7 @@ class WanTrainer(Trainer):
             logs |= self.throughput.take(seconds)
             logs["data_wait"] = round(self._logged.data_seconds / seconds, 4)
             logs["peak_gib"] = round(peak_gib(self.accelerator.device), 3)
-            self._logged = _Interval()
+            self._logged = Interval()
         # Trainer sees one endless epoch, as the step sampler has no length.
         self.state.epoch = round(self.plan.epochs_at(self.state.global_step), 4)
         super().log(logs, start_time)
-
-
-def default_plan(
-    source: SampleSource,
-    args: WanTrainingArguments,
-    variant: Variant,
-    experts: Sequence[Expert],
-    rows: Sequence[int] | None = None,
-    mixture: EpochItems | None = None,
-) -> StepPlan:
-    """The step plan that the arguments describe, over `rows` or all of them, as often as a mixture has them."""
-
-    def budget(tokens: int | None, multiple_of: int = 1) -> TokenBudget | None:
-        if tokens is None:
-            return None
-        return TokenBudget(tokens=tokens, multiple_of=multiple_of, num_tokens=variant.num_tokens)
-
-    return StepPlan(
-        source.index(),
-        seed=args.seed,
-        global_batch=budget(args.global_batch_tokens, args.batch_multiple_of) or args.global_batch,
-        micro_batch=budget(args.micro_batch_tokens) or args.micro_batch,
-        levels=NoiseLevels(
-            density=args.density,
-            shift=args.shift,
-            logit_mean=args.logit_mean,
-            logit_std=args.logit_std,
-            mode_scale=args.mode_scale,
-        ),
-        experts=experts,
-        caption_dropout=args.caption_dropout,
-        face_dropout=args.face_dropout,
-        image_dropout=args.image_dropout,
-        rows=rows,
-        mixture=mixture,
-    )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _StepRecord:
-    """Losses of an optimizer step. `loss_sums`: this rank's share, over the mean of ranks, of samples' summed loss."""
-
-    loss: Tensor
-    loss_sums: dict[str, Tensor]
-    num_samples: dict[str, int]
-
-
-class _Interval:
-    """What happened since the last log line. Losses stay on the device until it is written."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.data_seconds = 0.0
-        self.loss_sums: dict[str, Tensor] = {}
-        self.num_samples: Counter[str] = Counter()
-        self.num_steps: Counter[str] = Counter()
-        self.grad_norms: dict[str, Tensor | float] = {}
-        self.grad_norm: Tensor | float | None = None
-
-    def add(self, step: "_StepRecord", norms: Mapping[str, Tensor | float], left_out: Collection[str]) -> None:
-        """Add a step but for the experts that were left out of it."""
-        self.grad_norms |= {expert: norm for expert, norm in norms.items() if expert not in left_out}
-        for expert in step.num_samples.keys() - set(left_out):
-            self.loss_sums[expert] = self.loss_sums.get(expert, 0.0) + step.loss_sums[expert]
-            self.num_samples[expert] += step.num_samples[expert]
-            self.num_steps[expert] += 1
-
-    def by_expert(self) -> dict[str, float]:
-        """Mean loss, optimizer steps and last gradient norm of every expert that was used. Collective."""
-        logs: dict[str, float] = {}
-        for expert, count in sorted(self.num_samples.items()):  # the same on every rank
-            loss = self.loss_sums[expert].clone()
-            if dist.is_initialized():
-                dist.all_reduce(loss)
-                loss /= dist.get_world_size()
-            logs[f"loss_{expert}"] = round(float(loss) / count, 6)
-            logs[f"steps_{expert}"] = self.num_steps[expert]
-        return logs | {f"grad_norm_{expert}": float(norm) for expert, norm in self.grad_norms.items()}
-
-
-def _joint_norm(norms: Mapping[str, Tensor | float]) -> Tensor | None:
-    """The norm over all of some experts, None without one."""
-    if not norms:
-        return None
-    return torch.stack([torch.as_tensor(norm, dtype=torch.float32) for norm in norms.values()]).norm()
-
-
-def _dp_replicate(accelerator: Any) -> int:
-    """HSDP's number of replicas, from accelerate's parallelism config."""
-    config = getattr(accelerator, "parallelism_config", None)
-    return config.dp_replicate_size if config is not None else 1

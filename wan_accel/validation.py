@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from wan_accel.data.collate import collate
+from wan_accel.draws import SampleDraw
 from wan_accel.objective import per_sample_mse
-from wan_accel.step_plan import SampleDraw
 
 if TYPE_CHECKING:
     from wan_accel.trainer import WanTrainer

@@ -17,8 +17,9 @@ from wan_accel.data.cells import LatentsError, cell_to_tensor, tensor_to_cell
 from wan_accel.data.collate import StepDataset, collate, share_memory
 from wan_accel.data.latents import LatentsDataset
 from wan_accel.data.schema import LATENTS_SCHEMA, null_features
+from wan_accel.draws import NO_KNOWN, Bucket, SampleDraw
 from wan_accel.models.loading import load_wan
-from wan_accel.step_plan import NO_KNOWN, Bucket, SampleDraw, StepPlan
+from wan_accel.step_plan import StepPlan
 from wan_accel.tiny import init_tiny
 
 RECIPE = """

@@ -16,11 +16,12 @@ from wan_accel.data.collate import collate, share_memory
 from wan_accel.data.hooks import horizontal_flip, load_hook
 from wan_accel.data.latents import LatentsDataset
 from wan_accel.data.live import LiveSource
+from wan_accel.draws import SampleDraw
 from wan_accel.models.conditioning.animate import GUIDANCE_FRAMES, to_pixels
 from wan_accel.models.conditioning.live import LiveEncoder
 from wan_accel.models.encoders import load_text_encoder, load_vae
 from wan_accel.models.variants import get_variant
-from wan_accel.step_plan import SampleDraw, StepPlan
+from wan_accel.step_plan import StepPlan
 from wan_accel.tiny import init_tiny
 
 ANIMATE = get_variant("animate-14b")

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from wan_accel.data.mixture import Mixture, folder_names
-from wan_accel.step_plan import Bucket, DatasetIndex, StepPlan
+from wan_accel.draws import Bucket, DatasetIndex
+from wan_accel.step_plan import StepPlan
 
 SMALL, LARGE, WIDE = range(4), range(4, 34), range(34, 40)
 INDEX = DatasetIndex(buckets=(Bucket(5, 32, 32),) * 34 + (Bucket(5, 32, 48),) * 6, num_known=(3,) * 40)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from wan_accel.step_plan import DatasetIndex, MicroStep, SampleDraw, StepPlan
+from wan_accel.draws import DatasetIndex, MicroStep, SampleDraw
+from wan_accel.step_plan import StepPlan
 
 MicroBatch = dict[str, Tensor]
 _PADDED = {"text", "live_caption"}  # of different lengths within a bucket

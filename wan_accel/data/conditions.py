@@ -7,10 +7,10 @@ from torch import Tensor
 from wan_accel.data.cells import LatentsError, cell_to_tensor
 from wan_accel.data.nulls import Nulls, bucket_key
 from wan_accel.data.rows import Row
+from wan_accel.draws import NO_KNOWN, SampleDraw
 from wan_accel.models.conditioning.animate import NUM_MASK_CHANNELS, join_condition
 from wan_accel.models.conditioning.image import join_first_frame
 from wan_accel.models.variants import Variant
-from wan_accel.step_plan import NO_KNOWN, SampleDraw
 
 
 def inputs_of(row: Row, latents: Tensor, draw: SampleDraw, nulls: Nulls) -> dict[str, Tensor]:

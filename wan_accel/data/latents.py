@@ -24,8 +24,8 @@ from wan_accel.data.rows import Row, Rows
 from wan_accel.data.schema import KINDS, LATENTS_SCHEMA
 from wan_accel.data.selection import choose_rows
 from wan_accel.data.texts import Texts
+from wan_accel.draws import Bucket, DatasetIndex, SampleDraw
 from wan_accel.models.variants import Variant
-from wan_accel.step_plan import Bucket, DatasetIndex, SampleDraw
 
 _LIGHT = ("clip_id", "num_frames", "height", "width", "num_known", "source_sha256", "caption_id", "keys")
 _TELLING = ["clip_id", "num_frames", "height", "width", "num_known", "source_sha256"]

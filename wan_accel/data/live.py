@@ -18,9 +18,9 @@ from wan_accel.data.latents import LatentsDataset
 from wan_accel.data.provenance import COMPARED, rows_of_clips
 from wan_accel.data.rows import Rows
 from wan_accel.data.schema import CLIPS_SCHEMA
+from wan_accel.draws import DatasetIndex, SampleDraw
 from wan_accel.models.conditioning.animate import KnownVariant, draw_known_variant, grow_mask, known_mask
 from wan_accel.models.conditioning.clips import usable_modes
-from wan_accel.step_plan import DatasetIndex, SampleDraw
 
 HIDDEN, VISIBLE, GREY = range(3)
 # Streams of random numbers of a draw; the draw's noise seed is a function of (seed, row, epoch).

@@ -12,7 +12,8 @@ from torch import Tensor
 from wan_accel.data.cells import LatentsError
 from wan_accel.data.digest import RowsDigest, join_digests
 from wan_accel.data.latents import ClipInfo, LatentsDataset
-from wan_accel.step_plan import DatasetIndex, SampleDraw, shuffled
+from wan_accel.draws import DatasetIndex, SampleDraw
+from wan_accel.streams import shuffled
 
 
 class Mixture:

@@ -1,0 +1,145 @@
+"""A trainer's checkpoints: what is saved of it, and how it goes on from one (files: `wan_accel.checkpoint`)."""
+
+import logging
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from transformers import TrainerState
+
+from wan_accel import checkpoint
+from wan_accel.checkpoint import Manifest
+from wan_accel.optimizer_settings import put_settings, resume_schedule, settings_of
+
+if TYPE_CHECKING:
+    from wan_accel.trainer import WanTrainer
+
+logger = logging.getLogger("wan_accel")
+_SKIPPED = "skipped_steps"  # in trainer_state.json, beside the state of callbacks
+
+
+def save_checkpoint(trainer: "WanTrainer", model: nn.Module) -> None:
+    """Write a complete checkpoint beside the others, then rename it into place. Collective."""
+    step, is_main = trainer.state.global_step, trainer.args.should_save
+    folder = checkpoint.start(trainer.output_dir, step, is_main=is_main)
+    if trainer.engine == "zero3":
+        for expert, engine in _engines(trainer).items():
+            engine.save_checkpoint(str(checkpoint.zero_folder(folder, expert)), exclude_frozen_parameters=True)
+    else:
+        checkpoint.save_weights(folder, model, _plain_optimizer(trainer))
+    if trainer.ema is not None:
+        trainer.ema.save(folder, is_main=is_main)
+    trainer._save_rng_state(str(folder))
+    if is_main:
+        assert trainer.lr_scheduler is not None
+        torch.save(trainer.lr_scheduler.state_dict(), folder / "scheduler.pt")
+        callbacks: Any = trainer.state.stateful_callbacks  # a dictionary once the state is made
+        callbacks[_SKIPPED] = trainer.guard.num_skipped
+        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+        if (recipe := trainer.output_dir / "recipe.yaml").is_file():  # so that a checkpoint is whole by itself
+            shutil.copyfile(recipe, folder / recipe.name)
+    checkpoint.commit(folder, manifest_of(trainer, step), keep=trainer.args.save_total_limit, is_main=is_main)
+
+
+def manifest_of(trainer: "WanTrainer", step: int) -> Manifest:
+    """What a checkpoint of a trainer at a step says of itself."""
+    lora = None
+    if trainer.lora is not None:
+        lora = {
+            "r": trainer.lora.r,
+            "lora_alpha": trainer.lora.lora_alpha,
+            "target_modules": list(trainer.lora.target_modules),
+        }
+    unwrapped = trainer.accelerator.unwrap_model(trainer.module)
+    shapes = {
+        # Under ZeRO-3 a parameter is empty on its own and keeps its shape beside.
+        name: list(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in unwrapped.named_parameters()
+        if parameter.requires_grad
+    }
+    return Manifest(
+        engine=trainer.engine,
+        step=step,
+        variant=trainer.variant.name,
+        expert=trainer.expert,
+        method="full" if trainer.lora is None else "lora",
+        base=trainer.base,
+        lora=lora,
+        world_size=trainer.args.world_size,
+        ulysses=trainer.args.ulysses,
+        trained=shapes,
+        data=asdict(trainer.data) if trainer.data is not None else None,
+    )
+
+
+def _plain_optimizer(trainer: "WanTrainer") -> torch.optim.Optimizer:
+    optimizer = trainer.optimizer
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    assert optimizer is not None
+    return optimizer
+
+
+def _engines(trainer: "WanTrainer") -> dict[str, Any]:
+    """DeepSpeed's engine of each expert under ZeRO-3."""
+    return trainer.lanes
+
+
+def resume(trainer: "WanTrainer", folder: Path, model: nn.Module) -> None:
+    """Load weights and the state of optimizer and schedule, whose settings stay the recipe's. Collective.
+
+    Raises:
+        ValueError: the checkpoint was written by an engine of the other family, or trains something else.
+    """
+    saved, current = checkpoint.read_manifest(folder), manifest_of(trainer, 0)
+    _check_same_run(folder, saved, current)
+    if problem := checkpoint.other_data(folder, saved, current):
+        _warn(trainer, problem)
+    assert trainer.optimizer is not None and trainer.lr_scheduler is not None
+    settings = settings_of(trainer.optimizer)
+    if trainer.engine == "zero3":
+        _load_engines(trainer, folder)
+    else:
+        checkpoint.load_weights(folder, model, _plain_optimizer(trainer))
+    if trainer.ema is not None:
+        trainer.ema.load(folder)
+    callbacks: Any = TrainerState.load_from_json(str(folder / "trainer_state.json")).stateful_callbacks
+    trainer.guard.num_skipped = callbacks.get(_SKIPPED, 0)
+    changes = put_settings(trainer.optimizer, settings)
+    schedule = torch.load(folder / "scheduler.pt", weights_only=True)
+    changes += resume_schedule(trainer.lr_scheduler, schedule, trainer.optimizer)
+    if changes:
+        _warn(trainer, f"resumed from {folder.name} with other settings of the recipe: {'; '.join(changes)}")
+
+
+def _check_same_run(folder: Path, saved: Manifest, current: Manifest) -> None:
+    if (saved.engine == "zero3") != (current.engine == "zero3"):
+        raise ValueError(
+            f"{folder} was written by {saved.engine} and cannot be resumed with {current.engine}: "
+            f"resume with {saved.engine}, or export its weights and start a new run from them"
+        )
+    for field in ("variant", "expert", "method", "lora", "trained"):
+        if getattr(saved, field) != getattr(current, field):
+            raise ValueError(f"{folder} trains another {field} than this recipe: use another output_dir or recipe")
+    if saved.engine == "zero3" and saved.world_size != current.world_size:
+        raise ValueError(
+            f"{folder} was written by {saved.world_size} ZeRO-3 processes and cannot be resumed on "
+            f"{current.world_size}: start {saved.world_size}"
+        )
+
+
+def _load_engines(trainer: "WanTrainer", folder: Path) -> None:
+    for expert, engine in _engines(trainer).items():
+        place = checkpoint.zero_folder(folder, expert)
+        loaded, _ = engine.load_checkpoint(str(place), load_module_strict=False)
+        if loaded is None:  # DeepSpeed only warns
+            raise ValueError(f"{place} is damaged or not complete: resume from another checkpoint of the run")
+
+
+def _warn(trainer: "WanTrainer", message: str) -> None:
+    """Once for all ranks; the others keep it in their files."""
+    logger.log(logging.WARNING if trainer.is_world_process_zero() else logging.INFO, message)
