@@ -1,6 +1,8 @@
 """Degrees of parallelism and the process groups that they need."""
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -60,11 +62,21 @@ class ParallelDims:
         if self.ulysses == 1:
             return None
         shape = (self.num_data_ranks, self.ulysses)
-        return init_device_mesh(device_type, shape, mesh_dim_names=("data", "ulysses"))["ulysses"].get_group()
+        return _mesh(device_type, shape, ("data", "ulysses"), dist.group.WORLD)["ulysses"].get_group()
 
     def shard_mesh(self, device_type: str) -> DeviceMesh:
         """The mesh for `fully_shard`: one axis, or (dp_replicate, dp_shard) for HSDP. Collective over all ranks."""
         if self.dp_replicate == 1:
-            return init_device_mesh(device_type, (self.world_size,), mesh_dim_names=("dp_shard",))
+            return _mesh(device_type, (self.world_size,), ("dp_shard",), dist.group.WORLD)
         shape = (self.dp_replicate, self.dp_shard)
-        return init_device_mesh(device_type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
+        return _mesh(device_type, shape, ("dp_replicate", "dp_shard"), dist.group.WORLD)
+
+
+@functools.cache
+def _mesh(device_type: str, shape: tuple[int, ...], names: tuple[str, ...], world: Any) -> DeviceMesh:
+    """One mesh of a kind for a job (`world` is its group of all ranks): the experts of a pair share it.
+
+    Each further one would cost communicators, and the name of its group is a constant of a compiled block, so that
+    blocks of two experts could not share a graph.
+    """
+    return init_device_mesh(device_type, shape, mesh_dim_names=names)
