@@ -29,6 +29,7 @@ from wan_accel.metrics import write_run_state
 from wan_accel.models.loading import CheckpointReader
 from wan_accel.models.variants import Expert, get_variant
 from wan_accel.nonfinite import NonFiniteError
+from wan_accel.parallel.agreement import from_main_rank
 from wan_accel.parallel.cpu import enable_fsdp_on_cpu
 from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.recipe.arguments import training_arguments
@@ -197,11 +198,17 @@ def plan_data(
 
 
 def resume_path(recipe: Recipe, args: WanTrainingArguments) -> str | None:
-    """Where to resume from: `auto` is the newest complete checkpoint of the output_dir, if there is one.
+    """Where to resume from: `auto` is the newest complete checkpoint of the output_dir, if there is one. Collective.
+
+    Rank 0 looks: a shared disk may show other ranks an older listing.
 
     Raises:
         ValueError: a named checkpoint is not complete, or the output_dir holds a run that is not to be resumed.
     """
+    return from_main_rank(lambda: _resume_path(args))
+
+
+def _resume_path(args: WanTrainingArguments) -> str | None:
     wanted = args.resume_from_checkpoint
     newest = checkpoint.last_checkpoint(Path(str(args.output_dir)))
     if wanted in (None, False, "false", "never"):

@@ -46,6 +46,7 @@ from wan_accel.nonfinite import FiniteGuard
 from wan_accel.objective import loss_weight, per_sample_mse, step_loss
 from wan_accel.optimizer_settings import IntervalsCallback
 from wan_accel.optimizers import optimizer_problem
+from wan_accel.parallel.agreement import from_main_rank
 from wan_accel.parallel.engine import detect_engine
 from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.parallel.zero import backward_zero, refuse_offload
@@ -162,6 +163,7 @@ class WanTrainer(Trainer):
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = train_dataloader
+        self._logged = Interval()  # the first log line is of steps, not of getting ready
         return model, train_dataloader
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -312,14 +314,15 @@ class WanTrainer(Trainer):
 
     def save_last(self) -> None:
         """Save the step that the run stands at, unless its newest checkpoint is of it. Collective."""
-        newest = checkpoint.last_checkpoint(self.output_dir)
-        checkpoint.barrier()  # no rank may look after another has begun to save
+        # One rank looks: a shared disk may show the others an older listing.
+        newest = from_main_rank(lambda: checkpoint.last_checkpoint(self.output_dir))
         if newest != self.output_dir / f"checkpoint-{self.state.global_step}":
             self._save_checkpoint(self.model_wrapped)
 
     def check_space(self) -> None:
-        """Raise NoSpaceError unless the disk holds another checkpoint. Every rank looks at the same disk."""
-        checkpoint.check_space(self.output_dir, manifest_of(self, 0).trained, has_ema=bool(self.args.ema_decay))
+        """Raise NoSpaceError on all ranks unless the disk holds another checkpoint. Collective; one rank looks."""
+        trained = manifest_of(self, 0).trained
+        from_main_rank(lambda: checkpoint.check_space(self.output_dir, trained, has_ema=bool(self.args.ema_decay)))
 
     @property
     def module(self) -> nn.Module:
