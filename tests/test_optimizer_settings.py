@@ -1,6 +1,7 @@
 """A resumed run takes learning rate, decay, betas and schedule from its recipe, on every engine; and says so."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ from transformers import get_scheduler
 from wan_accel import checkpoint
 from wan_accel.models.variants import VARIANTS
 from wan_accel.optimizer_settings import put_settings, resume_schedule, settings_of
+from wan_accel.run_checkpoints import check_same_run
 
 PAIR = VARIANTS["t2v-a14b"]
 # Not moved by a learning rate of 0: what a step does is told by the rate alone.
-CHANGED = {"learning_rate": 0.0, "weight_decay": 0.25, "adam_beta1": 0.5, "adam_epsilon": 1e-6, "max_steps": 3}
+CHANGED = {
+    "learning_rate": 0.0, "weight_decay": 0.25, "adam_beta1": 0.5, "adam_epsilon": 1e-6, "max_steps": 3, "seed": 7,
+    "caption_dropout": 0.5,
+}  # fmt: skip
 
 
 def change(base: str, output_dir: str, engine: str) -> dict[str, Any]:
@@ -67,6 +72,13 @@ def test_the_recipe_wins(engine: str, processes: int, base: str, tmp_path: Path)
     assert "weight_decay: 0.01 -> 0.25; " in logged_lines
     assert "(adam_beta1, adam_beta2): (0.9, 0.999) -> (0.5, 0.999); adam_epsilon: 1e-08 -> 1e-06" in logged_lines
     assert "learning_rate: 0.001 -> 0; learning rate of the next step: 0.001 -> 0" in logged_lines
+    assert "with other settings of the recipe: seed: 42 -> 7; caption_dropout: 0.0 -> 0.5; " in logged_lines
+    saved = checkpoint.read_manifest(tmp_path / "checkpoint-2")
+    assert saved.settings is not None
+    other = replace(saved, settings={**saved.settings, "optim": "sgd"})
+    with pytest.raises(ValueError, match=r"training\.optim=adamw_torch_fused, which sgd cannot go on from: resume"):
+        check_same_run(tmp_path / "checkpoint-2", saved, other)
+    check_same_run(tmp_path / "checkpoint-2", saved, replace(saved, settings=None))  # of an earlier version
 
 
 def change_pair(output_dir: str, engine: str, processes: int) -> dict[str, Any]:

@@ -54,7 +54,8 @@ class NoSpaceError(ValueError):
 class Manifest:
     """What a checkpoint holds. `trained` maps names of trained tensors to shapes.
 
-    data: digest of the rows that it was trained on, if known (checkpoints before it had the field do not).
+    data: digest of the rows that it was trained on. settings: what else decides the samples, the loss and their order.
+    Both are None in checkpoints of versions before they were recorded.
     """
 
     engine: Engine
@@ -68,6 +69,7 @@ class Manifest:
     ulysses: int
     trained: dict[str, list[int]]
     data: dict[str, Any] | None = None
+    settings: dict[str, Any] | None = None
     format: str = FORMAT
 
 

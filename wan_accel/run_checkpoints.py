@@ -10,6 +10,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import TrainerState
+from transformers.training_args import OptimizerNames
 
 from wan_accel import checkpoint
 from wan_accel.checkpoint import Manifest
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("wan_accel")
 _SKIPPED = "skipped_steps"  # in trainer_state.json, beside the state of callbacks
+# Arguments that decide, beside the data, which samples a step has and what its loss is.
+_RUN_SETTINGS = (
+    "seed", "global_batch", "global_batch_tokens", "batch_multiple_of", "density", "shift", "logit_mean", "logit_std",
+    "mode_scale", "weighting", "caption_dropout", "face_dropout", "image_dropout",
+)  # fmt: skip
 
 
 def save_checkpoint(trainer: "WanTrainer", model: nn.Module) -> None:
@@ -73,7 +79,17 @@ def manifest_of(trainer: "WanTrainer", step: int) -> Manifest:
         ulysses=trainer.args.ulysses,
         trained=shapes,
         data=asdict(trainer.data) if trainer.data is not None else None,
+        settings=_settings(trainer),
     )
+
+
+def _settings(trainer: "WanTrainer") -> dict[str, Any]:
+    held_out = len({draw.index for draw in trainer.eval_draws})
+    return {
+        "optim": OptimizerNames(trainer.args.optim).value,
+        **{name: getattr(trainer.args, name) for name in _RUN_SETTINGS},
+        "held_out_rows": held_out,
+    }
 
 
 def _plain_optimizer(trainer: "WanTrainer") -> torch.optim.Optimizer:
@@ -96,7 +112,7 @@ def resume(trainer: "WanTrainer", folder: Path, model: nn.Module) -> None:
         ValueError: the checkpoint was written by an engine of the other family, or trains something else.
     """
     saved, current = checkpoint.read_manifest(folder), manifest_of(trainer, 0)
-    _check_same_run(folder, saved, current)
+    check_same_run(folder, saved, current)
     if problem := checkpoint.other_data(folder, saved, current):
         _warn(trainer, problem)
     assert trainer.optimizer is not None and trainer.lr_scheduler is not None
@@ -109,14 +125,19 @@ def resume(trainer: "WanTrainer", folder: Path, model: nn.Module) -> None:
         trainer.ema.load(folder)
     callbacks: Any = TrainerState.load_from_json(str(folder / "trainer_state.json")).stateful_callbacks
     trainer.guard.num_skipped = callbacks.get(_SKIPPED, 0)
-    changes = put_settings(trainer.optimizer, settings)
+    changes = [*_differences(saved, current), *put_settings(trainer.optimizer, settings)]
     schedule = torch.load(folder / "scheduler.pt", weights_only=True)
     changes += resume_schedule(trainer.lr_scheduler, schedule, trainer.optimizer)
     if changes:
         _warn(trainer, f"resumed from {folder.name} with other settings of the recipe: {'; '.join(changes)}")
 
 
-def _check_same_run(folder: Path, saved: Manifest, current: Manifest) -> None:
+def check_same_run(folder: Path, saved: Manifest, current: Manifest) -> None:
+    """Check that a checkpoint's weights and state are those of the run that is to go on from it.
+
+    Raises:
+        ValueError: they are another engine's, model's or optimizer's.
+    """
     if (saved.engine == "zero3") != (current.engine == "zero3"):
         raise ValueError(
             f"{folder} was written by {saved.engine} and cannot be resumed with {current.engine}: "
@@ -125,11 +146,23 @@ def _check_same_run(folder: Path, saved: Manifest, current: Manifest) -> None:
     for field in ("variant", "expert", "method", "lora", "trained"):
         if getattr(saved, field) != getattr(current, field):
             raise ValueError(f"{folder} trains another {field} than this recipe: use another output_dir or recipe")
+    before, now = ((one.settings or {}).get("optim") for one in (saved, current))
+    if before is not None and now is not None and before.removesuffix("_fused") != now.removesuffix("_fused"):
+        raise ValueError(
+            f"{folder} holds the state of training.optim={before}, which {now} cannot go on from: resume with "
+            f"{before}, or export the weights and start a new run from them"
+        )
     if saved.engine == "zero3" and saved.world_size != current.world_size:
         raise ValueError(
             f"{folder} was written by {saved.world_size} ZeRO-3 processes and cannot be resumed on "
             f"{current.world_size}: start {saved.world_size}"
         )
+
+
+def _differences(saved: Manifest, current: Manifest) -> list[str]:
+    """`name: old -> new` of what the recipe now says otherwise; a run may go on with it, but not unnoticed."""
+    before, now = ({"base": one.base, **(one.settings or {})} for one in (saved, current))
+    return [f"{name}: {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
 
 
 def _load_engines(trainer: "WanTrainer", folder: Path) -> None:
