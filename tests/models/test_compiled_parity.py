@@ -35,13 +35,10 @@ def assert_equals_diffsynth(names: str, backend: str, batch: int) -> None:
     assert counters["stats"]["unique_graphs"] == len(modules) and not counters["graph_break"]
 
 
-@pytest.mark.parametrize("names", ["ti2v-5b", "animate-14b"])
+@pytest.mark.parametrize("names", architectures())
 def test_compiled_blocks_equal_diffsynth(names: str) -> None:
-    """Two samples with timesteps of their own; of ti2v one with a clean first frame and one without.
-
-    Every kind of block is here or below: image-to-video has t2v's, or with CLIP Animate's.
-    """
-    assert_equals_diffsynth(names, BACKEND, batch=2)
+    """Three samples with timesteps of their own; of ti2v some with a clean first frame and some without."""
+    assert_equals_diffsynth(names, BACKEND, batch=3)
 
 
 def test_inductor_equals_diffsynth_and_a_restart_reads_its_cache() -> None:
