@@ -17,7 +17,8 @@ USERS_OWN = ("RECIPE", "my.yaml")
 
 def commands() -> list[list[str]]:
     """Indented lines that start with a command, continuation lines joined."""
-    texts = [(ROOT / name).read_text() for name in ("README.md", "docs/ANIMATE_PREPROCESSING.md", "docs/TRAINING.md")]
+    guides = ("ANIMATE_PREPROCESSING", "TRAINING", "MULTI_GPU_TRAINING")
+    texts = [(ROOT / name).read_text() for name in ("README.md", *(f"docs/{guide}.md" for guide in guides))]
     text = "\n".join(texts).replace("\\\n", " ")
     starts = ("wan-accel ", "wan-preprocess ", "accelerate launch ", "python -m wan_accel")
     lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]

@@ -1,4 +1,4 @@
-"""The `wan-accel` command: recipes, check, download, init-tiny, export, push."""
+"""The `wan-accel` command: recipes, check, doctor, download, init-tiny, export, push."""
 
 import argparse
 import logging
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from wan_accel import doctor_finding
 from wan_accel.recipe.check import check, read_engine
 from wan_accel.recipe.load import find_recipe, load_recipe, recipes_folder, shipped_recipes
 
@@ -15,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code, 2 for input that cannot be used."""
     parser = _parser()
     arguments, overrides = parser.parse_known_args(argv)
-    if overrides and arguments.run not in (_check, _download):
+    if overrides and arguments.run not in (_check, _doctor, _download):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     arguments.overrides = overrides
     logging.basicConfig(format="%(message)s")
@@ -60,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument("--config_file", type=Path, help="the accelerate config it will be launched with")
     checking.add_argument("--num_processes", type=int, help="processes it will be launched with")
     checking.set_defaults(run=_check)
+
+    doctor = commands.add_parser("doctor", help="what this machine lacks for training, and how fast its disk is")
+    doctor_finding.add_options(doctor)
+    doctor.add_argument("--config_file", type=Path, help="the accelerate config that training will be launched with")
+    doctor.set_defaults(run=_doctor)
 
     fetching = commands.add_parser("download", help="fetch the checkpoint files that a recipe (and overrides) needs")
     fetching.add_argument("recipe")
@@ -124,6 +130,13 @@ def _check(arguments: argparse.Namespace) -> int:
     if not problems:
         print(f"{arguments.recipe}: no problems found")
     return 2 if problems else 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    job = doctor_finding.job_of(arguments, arguments.overrides)
+    from wan_accel.doctor import examine, show
+
+    return show(examine(job), is_json=arguments.json)
 
 
 def _download(arguments: argparse.Namespace) -> int:
