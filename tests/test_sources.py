@@ -154,14 +154,19 @@ def test_clips_that_are_gone_are_named_at_the_start(
     assert len(build("data.where=" + said.split("e.g. to ")[1]).source) == 1  # as it says
     build("data.clips=nowhere")
     assert "are trained on" not in caplog.text
+    next((tmp_path / "clips" / "parts").rglob("*.arrow")).unlink()  # training needs the latents only
+    assert len(build().source) == 3 and "cannot be compared with the latents: " in caplog.text
 
 
 def test_captions_of_unknown_clips_are_refused(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "captions.json"
-    file.write_text(json.dumps({"square1": "x", "sqare2": "y"}))
-    with pytest.raises(ValueError, match=r"has captions of 1 clips that the dataset does not have \(sqare2\)"):
+    file.write_text(json.dumps({"square1": "clip 1", "sqare2": "y"}))
+    opened(root, f"data.captions={file}")
+    assert "has captions of 1 clips that the dataset does not have (sqare2): are" in caplog.text
+    file.write_text(json.dumps({"sqare2": "y"}))
+    with pytest.raises(ValueError, match=r"captions of 1 clips that the dataset does not have \(sqare2\), and none"):
         opened(root, f"data.captions={file}")
     assert cache.main(arguments(root, f"data.captions={file}")) == 2
     assert "(sqare2)" in capsys.readouterr().err

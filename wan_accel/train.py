@@ -128,9 +128,15 @@ def build_trainer(recipe: Recipe, readers: Mapping[str, CheckpointReader] | None
 
 def _summarise(recipe: Recipe, source: LatentsDataset | MixedLatents, args: WanTrainingArguments) -> None:
     """Warn of clips that are trained on though their clips dataset, where there is one, has lost them."""
-    clips = Path(recipe.data.clips or "")
-    if args.process_index == 0 and isinstance(source, LatentsDataset) and (clips / "state.json").is_file():
+    if recipe.data.clips is None or args.process_index != 0 or not isinstance(source, LatentsDataset):
+        return
+    clips = Path(recipe.data.clips)
+    if not (clips / "state.json").is_file():  # training needs the latents only
+        return
+    try:
         warn_of_removed(removed_clips(source, clips), source.root, clips)
+    except ValueError as error:
+        logger.warning("data.clips=%s cannot be compared with the latents: %s", clips, error)
 
 
 def _launch_arguments() -> dict[str, Any]:

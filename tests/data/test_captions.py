@@ -51,7 +51,10 @@ def test_file_that_cannot_be_used(tmp_path: Path, name: str, content: str | None
         read_captions(tmp_path / name)
 
 
-def test_captions_of_unknown_clips() -> None:
+def test_captions_of_unknown_clips(caplog: pytest.LogCaptureFixture) -> None:
     check_clip_ids(EXPECTED, [*EXPECTED, "e-5"], "file")
-    with pytest.raises(ValueError, match=r"data\.captions=file has captions of 2 clips .* \(b-2, c-3\): remove them"):
-        check_clip_ids(EXPECTED, ["a-1", "d-4"], "file")
+    assert not caplog.records
+    check_clip_ids(EXPECTED, ["a-1", "d-4"], "file")
+    assert "data.captions=file has captions of 2 clips that the dataset does not have (b-2, c-3): are" in caplog.text
+    with pytest.raises(ValueError, match=r"captions of 4 clips .* \(a-1, b-2, c-3 and 1 more\), and none of a clip"):
+        check_clip_ids(EXPECTED, ["e-5"], "file")

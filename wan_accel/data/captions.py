@@ -2,12 +2,15 @@
 
 import csv
 import json
+import logging
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+logger = logging.getLogger("wan_accel")
 _COLUMNS = ("clip_id", "caption")
 _ENCODING = "utf-8-sig"  # Excel and PowerShell begin a file with a byte order mark
 
@@ -43,18 +46,25 @@ def read_captions(path: Path) -> dict[str, str]:
 
 
 def check_clip_ids(captions: Mapping[str, str], clip_ids: Iterable[str], path: str) -> None:
-    """Refuse captions of clips that are not there: a misspelt id would leave a clip with its old caption.
+    """Warn of captions of clips that are not there: a misspelt id leaves a clip with its old caption.
+
+    They are no error, since one file may serve several folders, and clips that a filter or a failure keeps out.
 
     Raises:
-        ValueError: how many, and the first of them.
+        ValueError: no caption is of a clip that is there.
     """
     unknown = sorted(captions.keys() - set(clip_ids))
-    if unknown:
-        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        raise ValueError(
-            f"data.captions={path} has captions of {len(unknown)} clips that the dataset does not have "
-            f"({', '.join(unknown[:3])}{more}): remove them, or correct their clip_id"
-        )
+    if not unknown:
+        return
+    more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+    message = (
+        f"data.captions={path} has captions of {len(unknown)} clips that the dataset does not have "
+        f"({', '.join(unknown[:3])}{more})"
+    )
+    if len(unknown) == len(captions):
+        raise ValueError(f"{message}, and none of a clip that it has: give the file of these clips")
+    is_main = os.environ.get("RANK", "0") == "0"  # one rank says it
+    logger.log(logging.WARNING if is_main else logging.DEBUG, "%s: are their clip_ids right?", message)
 
 
 def _read_jsonl(path: Path) -> list[Any]:
