@@ -1,5 +1,7 @@
 """The cache from a recipe to a latents folder: resuming, refusing, and what is left behind."""
 
+import errno
+import fcntl
 import json
 import re
 import shutil
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_clips import clip_row, write_clips
 
 from wan_accel import cache, cache_clips
+from wan_accel.cache_lock import lone_run
 from wan_accel.data import store
 from wan_accel.data.cells import cell_to_tensor
 from wan_accel.data.clips import Clip
@@ -230,6 +233,19 @@ def test_run_keeps_others_out_until_it_is_killed_and_the_next_finishes_it(
     assert {path: parts[path] for path in kept} == kept
     assert clip_ids(root) == ["square0", "square4", "square5"]
     assert not (root / "clips" / "claims").exists() and not list(root.glob("**/*.tmp"))
+
+
+def test_lock_where_the_file_system_keeps_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    refused = pytest.raises(store.StoreError, match=r"by another run .* remove .*\.cache\.softlock")
+    with lone_run(tmp_path), refused, lone_run(tmp_path):
+        pass
+    with lone_run(tmp_path):
+        assert (tmp_path / ".cache.softlock").is_file()
+    assert not (tmp_path / ".cache.softlock").exists()
 
 
 def test_no_clip_at_all_is_an_error(

@@ -126,6 +126,9 @@ def test_a_pair_is_told_apart_by_its_names(tmp_path: Path) -> None:
     assert find_lora(tmp_path, "low").name == "x_low_noise.safetensors"
     with pytest.raises(CheckpointError, match="no LoRA of the expert 'default' alone"):
         find_lora(tmp_path)
+    (tmp_path / "x_high_noise.safetensors").unlink()
+    (tmp_path / ".cache").mkdir()  # as `hf download` leaves it
+    assert find_lora(tmp_path).name == "x_low_noise.safetensors"
 
 
 def test_a_file_of_both_experts_is_read_for_the_one_that_is_asked_for(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from wan_accel.data import store
 from wan_accel.data.provenance import warn_of_removed
 from wan_accel.data.revisions import remove_unfinished, take_over
 from wan_accel.data.schema import LATENTS_SCHEMA, latents_features, null_features, text_features
+from wan_accel.disk import free_bytes
 from wan_accel.models.checkpoint_files import check_encoder_files, condition_keys
 from wan_accel.models.conditioning.clips import ClipEncoder
 from wan_accel.models.hub import resolve_checkpoint
@@ -112,7 +113,7 @@ class Cache:
 
     def describe(self) -> str:
         """Bytes that are still to be written, by column, and what encoding them costs."""
-        return "\n".join(self.estimate().lines(self._free_bytes()))
+        return "\n".join(self.estimate().lines(free_bytes(self.root)))
 
     def check_disk(self) -> None:
         """Compare the bytes that are still to be written with the free space. Collective.
@@ -124,14 +125,11 @@ class Cache:
 
     def _check_disk(self) -> None:
         total = self.estimate().peak(self.state.num_processes)
-        if total > (free := self._free_bytes()):
+        if total > (free := free_bytes(self.root)):
             raise ValueError(
                 f"data.latents={self.root} needs {total / GIB:.2f} GiB but {free / GIB:.2f} GiB are free: free "
                 "some, or use another disk"
             )
-
-    def _free_bytes(self) -> int:
-        return shutil.disk_usage(next(p for p in (self.root, *self.root.resolve().parents) if p.exists())).free
 
     def run(self) -> None:
         """Encode what is not there yet or stale. Collective.
@@ -210,7 +208,8 @@ class Cache:
             raise ValueError(f"{self.root}: no clip could be encoded; the reasons are in {job.rejected}")
         if self.state.is_main_process:
             warn_of_removed(sorted(filter(self.source.is_missing, done)), self.root, self.source.rows.root)
-            left_out = f"; {job.rejected} says why the others were not" if encoded < len(self.source) else ""
+            has_failed = encoded < len(self.source) or job.rejected.is_file()
+            left_out = f"; {job.rejected} says which could not be, and why" if has_failed else ""
             logger.info("%s: %d of %d clips encoded%s", self.root, encoded, len(self.source), left_out)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +79,7 @@ def _push(output: Path, repo_id: str, *, private: bool) -> None:
     try:
         address = push(output, repo_id, private=private)
     except HubError as error:
-        again = f"wan-accel push {output} {repo_id}{' --private' * private}"
+        again = shlex.join(["wan-accel", "push", str(output), repo_id, *["--private"] * private])
         raise type(error)(f"{output} is written, but {error}. To try again: {again}") from error
     logger.info("%s: uploaded to %s", output, address)
 

@@ -92,7 +92,9 @@ def find_lora(path: Path, expert: str = "default") -> Path:
         return path
     if not path.is_dir():
         raise CheckpointError(f"LoRA {path} does not exist: give a .safetensors file or a folder of peft")
-    found = [entry for entry in sorted(path.iterdir()) if entry.suffix == ".safetensors" or entry.is_dir()]
+    # Not every folder: `hf download` leaves its .cache beside the files.
+    entries = sorted(path.iterdir())
+    found = [entry for entry in entries if entry.suffix == ".safetensors" or (entry / PEFT_CONFIG).is_file()]
     if len(found) > 1:
         found = [entry for entry in found if f"{expert}_noise" in entry.name]
     if len(found) != 1:

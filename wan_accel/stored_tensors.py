@@ -56,7 +56,7 @@ def zero_tensors(folders: Mapping[str, Path]) -> ReadTensor:
         folders: what stands before an engine's names -> its folder.
 
     Raises:
-        CheckpointError: files are missing or damaged.
+        CheckpointError: files are missing or damaged; now, or when a tensor is read.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -67,7 +67,12 @@ def zero_tensors(folders: Mapping[str, Path]) -> ReadTensor:
                 str(folder), exclude_frozen_parameters=True, lazy_mode=True
             )
         stored |= {prefix + name: tensor for name, tensor in state.items()}
-    return lambda name: stored[name].contiguous()
+
+    def read(name: str) -> Tensor:
+        with _explained(next(folder for prefix, folder in folders.items() if name.startswith(prefix))):
+            return stored[name].contiguous()
+
+    return read
 
 
 @contextmanager
