@@ -98,16 +98,7 @@ class ClipsJob:
             features=self.features,
             batch_bytes=_BATCH_BYTES,
         ) as writer:
-            rows = self._encoded(clip_ids)
-            while True:
-                try:
-                    row = next(rows, None)
-                except BaseException:
-                    writer.flush()  # what is encoded is kept, whatever stops this rank
-                    raise
-                if row is None:
-                    break
-                writer.write(row)
+            writer.write_each(self._encoded(clip_ids))  # what is encoded is kept, whatever stops this rank
 
     def _encoded(self, clip_ids: Sequence[str]) -> Iterator[dict[str, Any]]:
         for clip_id in self._claimed(clip_ids, "clips"):

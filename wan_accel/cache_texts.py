@@ -35,17 +35,17 @@ def encode_texts(
     load = load_sharded_text_encoder if shard else load_text_encoder
     encoder = load(checkpoint, torch_dtype=STORED, device=state.device)
     rounds = -(-len(captions) // (state.num_processes * _BATCH)) if shard else -(-len(mine) // _BATCH)
-    bar = tqdm(total=len(mine), desc="captions", disable=not state.is_main_process)
+    encoded = tqdm(
+        _encoded(encoder, mine, rounds), total=len(mine), desc="captions", disable=not state.is_main_process
+    )
     with store.PartWriter(root, writer=f"rank{state.process_index}", features=text_features()) as writer:
-        for item in _kept(_encoded(encoder, mine, rounds), writer):
-            writer.write(
-                {
-                    "schema": LATENTS_SCHEMA, "caption_id": item.caption_id, "caption": item.caption, "key": key,
-                    "embeddings": tensor_to_cell(item.embeddings.to(STORED)),
-                }
-            )  # fmt: skip
-            bar.update()
-    bar.close()
+        writer.write_each(
+            {
+                "schema": LATENTS_SCHEMA, "caption_id": item.caption_id, "caption": item.caption, "key": key,
+                "embeddings": tensor_to_cell(item.embeddings.to(STORED)),
+            }
+            for item in encoded
+        )  # fmt: skip
 
 
 def _encoded(encoder: TextEncoder, captions: list[str], rounds: int) -> Iterator[EncodedCaption]:
@@ -53,15 +53,6 @@ def _encoded(encoder: TextEncoder, captions: list[str], rounds: int) -> Iterator
         batch = captions[number * _BATCH : (number + 1) * _BATCH]
         found = list(encode_captions(encoder, batch or [""], batch_size=_BATCH))
         yield from found if batch else ()
-
-
-def _kept(items: Iterator[EncodedCaption], writer: store.PartWriter) -> Iterator[EncodedCaption]:
-    """Yield what is encoded; if encoding fails or is interrupted, finish the part of what came before."""
-    try:
-        yield from items
-    except (Exception, KeyboardInterrupt, SystemExit):  # not GeneratorExit: then it is writing that failed
-        writer.flush()
-        raise
 
 
 def drop_stale_texts(root: Path, key: str) -> None:

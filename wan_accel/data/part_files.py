@@ -99,12 +99,17 @@ def place_of(part: Path) -> tuple[str, str, int]:
     return part.parent.name, number, int(revision or 0)
 
 
+def unfinished(folder: Path) -> list[Path]:
+    """What killed writers left in a writer's folder: temporaries, and parts without a sidecar, which never counted."""
+    parts = [part for part in folder.glob("data-*.arrow") if not sidecar_path(part).is_file()]
+    return [*folder.glob("*.tmp"), *parts]
+
+
 def remove_unfinished(root: Path, writers: Iterable[str]) -> None:
     """Remove what writers that are gone left half-written; their finished parts stay."""
     for writer in writers:
         folder = root / "parts" / writer
-        for path in [*folder.glob("*.tmp"), *folder.glob("data-*.arrow")]:
-            if path.suffix == ".tmp" or not sidecar_path(path).is_file():
-                path.unlink(missing_ok=True)
+        for path in unfinished(folder):
+            path.unlink(missing_ok=True)
         with suppress(OSError):  # holds finished parts
             folder.rmdir()

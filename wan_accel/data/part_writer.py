@@ -1,6 +1,7 @@
 """Rows into parts: appended, finished one by one, safe against kill -9. Torch-free."""
 
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ import pyarrow as pa
 from wan_accel.data.files import full_disk, write_json
 from wan_accel.data.opened import refresh_state
 from wan_accel.data.part_content import hash_file
-from wan_accel.data.part_files import Sidecar, sidecar_path
+from wan_accel.data.part_files import Sidecar, sidecar_path, unfinished
 from wan_accel.data.store_error import StoreError
 
 if TYPE_CHECKING:
@@ -65,11 +66,8 @@ class PartWriter:
         self._written_rows = 0
 
     def _tidy(self) -> None:
-        for leftover in self.folder.glob("*.tmp"):
+        for leftover in unfinished(self.folder):
             leftover.unlink()  # of a writer of this name that was killed
-        for part in self.folder.glob("data-*.arrow"):
-            if not sidecar_path(part).is_file():
-                part.unlink()  # renamed, but killed before its sidecar: it never counted
 
     def __enter__(self) -> "PartWriter":
         return self
@@ -102,6 +100,19 @@ class PartWriter:
             self._write_batch()
             if self._file is not None and self._file.tell() >= self.part_bytes:
                 self.flush()
+
+    def write_each(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Append rows as they are made; if making one fails or is interrupted, finish the part of those before it."""
+        made = iter(rows)
+        while True:
+            try:
+                row = next(made, None)
+            except BaseException:
+                self.flush()
+                raise
+            if row is None:
+                return
+            self.write(row)
 
     def _write_batch(self) -> None:
         if not self._rows:

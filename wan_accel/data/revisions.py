@@ -58,8 +58,8 @@ def remove_unfinished(root: Path) -> None:
 
     Parts and revisions that have no sidecar never counted: their writer was killed between two renames.
     """
-    parts = (part for part in root.glob("parts/*/data-*.arrow") if not part.with_name(part.name + ".json").is_file())
-    for path in [*root.glob("*.tmp"), *root.glob("parts/*/*.tmp"), *parts]:
+    leftovers = [path for folder in root.glob("parts/*") for path in store.unfinished(folder)]
+    for path in [*root.glob("*.tmp"), *leftovers]:
         path.unlink()
 
 

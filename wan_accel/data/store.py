@@ -18,6 +18,7 @@ from wan_accel.data.part_files import (
     read_sidecar,
     remove_unfinished,
     superseded,
+    unfinished,
     whole_parts,
 )
 from wan_accel.data.part_writer import BATCH_BYTES, PART_BYTES, PartWriter
@@ -27,6 +28,6 @@ from wan_accel.data.store_error import StoreError
 __all__ = [
     "BATCH_BYTES", "PART_BYTES", "RUN_FILE", "PartWriter", "Sidecar", "StoreError", "batches", "claim_output",
     "each_id", "finished", "ids", "listed", "load", "next_revision", "open_parts", "part_problem", "parts", "plain_row",
-    "read_sidecar", "refresh_state", "remove_unfinished", "settings_hash", "superseded", "verify", "whole_parts",
-    "write_json", "write_lines",
+    "read_sidecar", "refresh_state", "remove_unfinished", "settings_hash", "superseded", "unfinished", "verify",
+    "whole_parts", "write_json", "write_lines",
 ]  # fmt: skip
