@@ -5,7 +5,7 @@ from typing import Any
 from step_slices import RANK, Slice, size_of
 from step_timing import Saved, Timed
 
-from wan_accel.flops import Work, step_flops
+from wan_accel.flops import FACE_BLOCK_EVERY, Work, step_flops
 from wan_accel.models.variants import DitSize
 from wan_accel.parallel.degrees import usable_degrees
 
@@ -103,7 +103,7 @@ def other_parameters(slice_: Slice) -> int:
     text_and_time = (size.text_dim + size.freq_dim + 8 * size.dim) * size.dim
     patches = 4 * (size.in_dim + size.out_dim) * size.dim
     clip = 0 if size.clip_dim is None else (size.clip_dim + size.dim) * size.clip_dim
-    face = 4 * size.dim**2 * -(-size.num_layers // 5) if slice_.row.has_animate_adapter else 0
+    face = 4 * size.dim**2 * -(-size.num_layers // FACE_BLOCK_EVERY) if slice_.row.has_animate_adapter else 0
     return text_and_time + patches + clip + face
 
 

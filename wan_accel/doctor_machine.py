@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from wan_accel.disk import free_bytes
 from wan_accel.doctor_finding import Finding, Job, Level
 
 GIB, MIB = 2**30, 2**20
@@ -119,7 +120,5 @@ def check_hub(job: Job) -> list[Finding]:
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE)
-    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     mode = ", offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""
-    free = shutil.disk_usage(existing).free
-    return [Finding(name="hub cache", level="ok", value=f"{folder}, {free / GIB:.0f} GiB free{mode}")]
+    return [Finding(name="hub cache", level="ok", value=f"{folder}, {free_bytes(folder) / GIB:.0f} GiB free{mode}")]

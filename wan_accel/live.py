@@ -13,10 +13,10 @@ from wan_accel.data.mixture import MixedLatents
 from wan_accel.models.checkpoint_files import check_encoder_files
 from wan_accel.models.conditioning.live import LiveEncoder
 from wan_accel.models.encoders import load_text_encoder, load_vae
-from wan_accel.models.hub import resolve_checkpoint
 from wan_accel.models.variants import Variant
 from wan_accel.parallel.sharded_text import load_sharded_text_encoder
 from wan_accel.recipe.schema import Recipe
+from wan_accel.sources import checkpoint_of
 
 
 def open_live(recipe: Recipe, variant: Variant, cached: LatentsDataset | MixedLatents) -> LiveSource | None:
@@ -30,7 +30,7 @@ def open_live(recipe: Recipe, variant: Variant, cached: LatentsDataset | MixedLa
     if not data.on_the_fly:
         return None
     assert isinstance(cached, LatentsDataset) and data.clips is not None
-    check_encoder_files(_checkpoint(recipe), variant, kinds=data.on_the_fly)
+    check_encoder_files(checkpoint_of(recipe), variant, kinds=data.on_the_fly)
     source = LiveSource(
         cached,
         Path(data.clips),
@@ -49,7 +49,7 @@ def load_live_encoder(recipe: Recipe, variant: Variant, device: torch.device) ->
     Raises:
         CheckpointError: a file is damaged.
     """
-    kinds, checkpoint = frozenset(recipe.data.on_the_fly), _checkpoint(recipe)
+    kinds, checkpoint = frozenset(recipe.data.on_the_fly), checkpoint_of(recipe)
     load_text = load_sharded_text_encoder if dist.is_initialized() and dist.get_world_size() > 1 else load_text_encoder
     return LiveEncoder(
         load_vae(checkpoint, variant, device=device) if kinds & {"video", "known"} else None,
@@ -57,7 +57,3 @@ def load_live_encoder(recipe: Recipe, variant: Variant, device: torch.device) ->
         encodes_video="video" in kinds,
         reference_frames=variant.reference_frames,
     )
-
-
-def _checkpoint(recipe: Recipe) -> Path:
-    return resolve_checkpoint(recipe.model.checkpoint, recipe.model.revision)

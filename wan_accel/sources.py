@@ -31,7 +31,7 @@ def open_source(recipe: Recipe, variant: Variant) -> LatentsDataset | MixedLaten
     ]
     if captions is not None:
         check_clip_ids(captions, (name for one in datasets for name in one.all_clip_ids), str(data.captions))
-    keys = condition_keys(variant, _checkpoint(recipe), known_variants=recipe.cache.known_variants)
+    keys = condition_keys(variant, checkpoint_of(recipe), known_variants=recipe.cache.known_variants)
     for one in datasets:
         one.check_keys(keys)
         one.check_nulls(caption_dropout=data.caption_dropout, face_dropout=data.face_dropout)
@@ -45,5 +45,6 @@ def open_source(recipe: Recipe, variant: Variant) -> LatentsDataset | MixedLaten
     return mixed
 
 
-def _checkpoint(recipe: Recipe) -> Path:
+def checkpoint_of(recipe: Recipe) -> Path:
+    """The local folder of `model.checkpoint`; see `resolve_checkpoint`."""
     return resolve_checkpoint(recipe.model.checkpoint, recipe.model.revision)
