@@ -60,13 +60,6 @@ def manifest_of(trainer: "WanTrainer", step: int) -> Manifest:
             "lora_alpha": trainer.lora.lora_alpha,
             "target_modules": list(trainer.lora.target_modules),
         }
-    unwrapped = trainer.accelerator.unwrap_model(trainer.module)
-    shapes = {
-        # Under ZeRO-3 a parameter is empty on its own and keeps its shape beside.
-        name: list(getattr(parameter, "ds_shape", parameter.shape))
-        for name, parameter in unwrapped.named_parameters()
-        if parameter.requires_grad
-    }
     return Manifest(
         engine=trainer.engine,
         step=step,
@@ -77,10 +70,20 @@ def manifest_of(trainer: "WanTrainer", step: int) -> Manifest:
         lora=lora,
         world_size=trainer.args.world_size,
         ulysses=trainer.args.ulysses,
-        trained=shapes,
+        trained=trained_shapes(trainer),
         data=asdict(trainer.data) if trainer.data is not None else None,
         settings=_settings(trainer),
     )
+
+
+def trained_shapes(trainer: "WanTrainer") -> dict[str, list[int]]:
+    """Names of trained tensors, and their whole shapes."""
+    return {
+        # Under ZeRO-3 a parameter is empty on its own and keeps its shape beside.
+        name: list(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in trainer.accelerator.unwrap_model(trainer.module).named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def _settings(trainer: "WanTrainer") -> dict[str, Any]:

@@ -51,7 +51,7 @@ from wan_accel.parallel.engine import detect_engine
 from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.parallel.zero import backward_zero, refuse_offload
 from wan_accel.preparation import apply_parallelism, dp_replicate, prepare_pair, prepare_sharded
-from wan_accel.run_checkpoints import manifest_of, resume, save_checkpoint
+from wan_accel.run_checkpoints import resume, save_checkpoint, trained_shapes
 from wan_accel.step_loader import step_loader
 from wan_accel.step_plan import StepPlan
 from wan_accel.throughput import Throughput
@@ -321,7 +321,7 @@ class WanTrainer(Trainer):
 
     def check_space(self) -> None:
         """Raise NoSpaceError on all ranks unless the disk holds another checkpoint. Collective; one rank looks."""
-        trained = manifest_of(self, 0).trained
+        trained = trained_shapes(self)
         from_main_rank(lambda: checkpoint.check_space(self.output_dir, trained, has_ema=bool(self.args.ema_decay)))
 
     @property

@@ -7,6 +7,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +141,7 @@ class LatentsDataset:
         """The source of every row: clips of one source stay on one side of a validation split."""
         return self._table["source_sha256"].to_pylist()
 
-    @property
+    @cached_property
     def digest(self) -> RowsDigest:
         """Of everything that the order of samples and their texts depend on."""
         return digest_rows(self._table.select(_TELLING).append_column("caption_id", self._caption_ids))
