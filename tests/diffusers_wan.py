@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from diffusers import WanAnimateTransformer3DModel, WanTransformer3DModel
+from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 from torch import Tensor
 
 TEXT_DIM, CLIP_DIM, NUM_HEADS, HEAD_DIM = 24, 40, 8, 12
@@ -98,3 +99,9 @@ def diffusers_output(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tenso
             "face_pixel_values": inputs["face_pixel_values"],
         }
     return model(**arguments, return_dict=False)[0]
+
+
+def load_into(transformer: torch.nn.Module, path: Path) -> None:
+    """What `pipe.load_lora_weights(path)` does."""
+    state, metadata = WanLoraLoaderMixin.lora_state_dict(str(path), return_lora_metadata=True)
+    WanLoraLoaderMixin.load_lora_into_transformer(state, transformer, adapter_name="x", metadata=metadata)

@@ -12,10 +12,9 @@ import yaml
 from checkpoints import tiny_state, write_checkpoint
 from diffsynth.utils.lora.general import GeneralLoRALoader
 from diffusers import WanTransformer3DModel
-from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-from diffusers_wan import SIZES, animate_inputs, diffusers_output, save_repository, wan_inputs
-from exports import lora_tensors, with_lora, write_run
+from diffusers_wan import SIZES, diffusers_output, load_into, save_repository, wan_inputs
+from exports import TOLERANCE, lora_tensors, modules, with_lora, write_run
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -33,15 +32,6 @@ from wan_accel.models.loading import load_wan
 from wan_accel.models.reader import CheckpointReader
 from wan_accel.models.variants import get_variant
 from wan_accel.original_files import INDEX_NAME
-
-TARGETS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.k", "cross_attn.v",
-           "cross_attn.o", "ffn.0", "ffn.2")  # fmt: skip
-# fp32 in other orders of operations, on outputs of about 3.
-TOLERANCE = {"rtol": 1e-4, "atol": 5e-5}
-
-
-def modules(num_blocks: int) -> list[str]:
-    return [f"blocks.{block}.{target}" for block in range(num_blocks) for target in TARGETS]
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +63,6 @@ def diffusers_model(base: Path) -> WanTransformer3DModel:
     model = WanTransformer3DModel(**SIZES, num_layers=2)
     model.load_state_dict(convert_wan_transformer_to_diffusers({name: reader.read(name) for name in reader.shapes}))
     return model.eval()
-
-
-def load_into(transformer: torch.nn.Module, path: Path) -> None:
-    """What `pipe.load_lora_weights(path)` does."""
-    state, metadata = WanLoraLoaderMixin.lora_state_dict(str(path), return_lora_metadata=True)
-    WanLoraLoaderMixin.load_lora_into_transformer(state, transformer, adapter_name="x", metadata=metadata)
 
 
 def test_the_adapter_of_a_run_computes_this(base: Path, trained: dict[str, Tensor], expected: Tensor) -> None:
@@ -228,26 +212,6 @@ def test_full_weights_are_read_by_diffsynth_and_diffusers(base: Path, tmp_path: 
     for name, tensor in dit.state_dict().items():
         assert torch.equal(tensor, state[name].to(torch.bfloat16)), name
     diffusers_model(out)  # refuses missing and unknown names
-
-
-@pytest.mark.parametrize("layout", ["diffusers", "diffsynth"])
-def test_animate_with_the_face_adapter(tmp_path: Path, layout: str) -> None:
-    transformer = save_repository(tmp_path / "model", "animate-14b")["default"]
-    reader = CheckpointReader(tmp_path / "model" / "transformer")
-    weights = {name: reader.read(name) for name in reader.shapes}
-    faces = [f"face_adapter.fuser_blocks.0.{layer}" for layer in ("linear1_kv", "linear1_q", "linear2")]
-    tensors = lora_tensors(weights, [*modules(5), *faces])
-    run = write_run(tmp_path / "run", tmp_path / "model", "animate-14b", tensors)
-    path = export(run, layout=layout, output=tmp_path / "x.safetensors")
-    ours = with_lora("animate-14b", tmp_path / "model", tensors, motion=True)
-    if layout == "diffsynth":
-        card = (tmp_path / "x.md").read_text()
-        assert "pipe.load_lora(pipe.dit, " in card and "pipe.load_lora(pipe.animate_adapter, " in card
-        return
-    load_into(transformer, path)
-    inputs = animate_inputs()
-    with torch.no_grad():
-        torch.testing.assert_close(diffusers_output(transformer, inputs), ours(**inputs), **TOLERANCE)
 
 
 def test_a_card_names_the_adapter_only_for_its_layers(base: Path, tmp_path: Path) -> None:

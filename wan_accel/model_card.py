@@ -83,7 +83,8 @@ def _diffsynth(variant: Variant, file: CardFile) -> str:
     of_adapter = {f"{module}.".startswith(ADAPTER_PREFIXES) for module in file.modules}
     models = {False: _DIFFSYNTH_MODELS[file.expert], True: "pipe.animate_adapter"}
     lines = [f'pipe.load_lora({models[which]}, "{file.name}", alpha=1)' for which in sorted(of_adapter)]
-    return "DiffSynth-Studio, on a `WanVideoPipeline`:\n\n" + _code("\n".join(lines))
+    both = "; each line loads its own model's layers and passes over the other's, so run both" if len(lines) > 1 else ""
+    return f"DiffSynth-Studio, on a `WanVideoPipeline`{both}:\n\n" + _code("\n".join(lines))
 
 
 def _diffusers(variant: Variant, file: CardFile) -> str:
