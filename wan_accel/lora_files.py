@@ -92,9 +92,7 @@ def find_lora(path: Path, expert: str = "default") -> Path:
         return path
     if not path.is_dir():
         raise CheckpointError(f"LoRA {path} does not exist: give a .safetensors file or a folder of peft")
-    # Not every folder: `hf download` leaves its .cache beside the files.
-    entries = sorted(path.iterdir())
-    found = [entry for entry in entries if entry.suffix == ".safetensors" or (entry / PEFT_CONFIG).is_file()]
+    found = _loras_in(path)
     if len(found) > 1:
         found = [entry for entry in found if f"{expert}_noise" in entry.name]
     if len(found) != 1:
@@ -125,11 +123,18 @@ def read_lora(path: Path, expert: str = "default") -> LoraFile:
 
 
 def holds_pair(path: Path) -> bool:
-    """Whether one path has a LoRA for each expert: a file with both, or a folder of files."""
+    """Whether one path has a LoRA for each expert: a file with both, a folder of such a file or of several."""
     if path.is_dir():
-        return not (path / PEFT_CONFIG).is_file() and len(list(path.glob("*_noise*"))) > 1
+        found = [] if (path / PEFT_CONFIG).is_file() else _loras_in(path)
+        return len(found) > 1 or (len(found) == 1 and holds_pair(found[0]))
     seconds = [name.startswith(_SECOND) for name in open_safetensors(path).keys()]  # noqa: SIM118
     return any(seconds) and not all(seconds)
+
+
+def _loras_in(folder: Path) -> list[Path]:
+    """Files and peft's folders in a folder. Not every folder: `hf download` leaves its .cache beside the files."""
+    entries = sorted(folder.iterdir())
+    return [entry for entry in entries if entry.suffix == ".safetensors" or (entry / PEFT_CONFIG).is_file()]
 
 
 def _read_peft(folder: Path) -> LoraFile:
