@@ -139,11 +139,14 @@ def test_training_is_the_same_without_videos_and_a_resumed_run_keeps_them(root: 
     assert "step-5" in names(tmp_path / "again" / "samples")
 
 
-def test_evaluation_of_a_checkpoint(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_evaluation_of_a_checkpoint(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A LoRA over a bf16 base: evaluation merges and runs in fp32, so it agrees to bf16's precision."""
     recipe = str(root / "recipe.yaml")
+    monkeypatch.chdir(root / "run" / "checkpoint-4")
     capsys.readouterr()
-    assert evaluate.main([recipe, "--checkpoint", str(root / "run"), "--sample", "--output", str(tmp_path / "x")]) == 0
+    assert evaluate.main([recipe, "--checkpoint", ".", "--sample", "--output", str(tmp_path / "x")]) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed == json.loads((tmp_path / "x").read_text())
     trained = last_evaluation(root / "run")
@@ -241,12 +244,16 @@ def test_evaluation_computes_in_the_same_precision_on_every_engine(root: Path) -
         assert metrics["eval_loss"] == pytest.approx(last_evaluation(root / "run")["eval_loss"], rel=2e-2)
 
 
-def test_evaluation_refuses_weights_of_something_else(
+def test_evaluation_refuses_weights_and_folders_of_something_else(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     recipe = str(root / "recipe.yaml")
     assert evaluate.main([recipe, "--checkpoint", str(tmp_path)]) == 2
     assert "holds no complete checkpoint: give a run's output_dir" in capsys.readouterr().err
+    (tmp_path / "mine").write_text("mine")
+    assert evaluate.main([recipe, "--checkpoint", str(root / "run"), "--samples", str(tmp_path)]) == 2
+    assert f"--samples {tmp_path} holds something else than videos of an evaluation" in capsys.readouterr().err
+    assert (tmp_path / "mine").read_text() == "mine"
     copy = tmp_path / "checkpoint-4"
     shutil.copytree(root / "run" / "checkpoint-4", copy)
     manifest = json.loads((copy / "manifest.json").read_text())

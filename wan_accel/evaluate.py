@@ -6,6 +6,7 @@ Without weights named it is the recipe's `model.checkpoint` that is evaluated.
 import argparse
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from wan_accel.recipe.commandline import parse_overrides, recipe_parser
 from wan_accel.recipe.load import load_recipe
 from wan_accel.recipe.schema import FusedLora, Recipe, SampleVideos
 from wan_accel.sample_drawing import gather
+from wan_accel.sample_files import SHEET
 from wan_accel.sample_videos import video_sampler
 from wan_accel.train import build_trainer
 from wan_accel.trained_weights import trained_reader
@@ -42,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe = load_recipe(arguments.recipe, [*arguments.overrides, *OVERRIDES])
         metrics = evaluate(
             recipe, checkpoint=arguments.checkpoint, lora=arguments.lora, ema=arguments.ema,
-            samples=_samples_folder(arguments),
+            draw=arguments.sample, samples=arguments.samples,
         )  # fmt: skip
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
@@ -66,19 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _samples_folder(arguments: argparse.Namespace) -> Path | None:
-    """What `--samples` says; an empty path for the default folder, None for no videos."""
-    if arguments.samples is not None:
-        return arguments.samples
-    return Path() if arguments.sample else None
-
-
 def evaluate(
     recipe: Recipe,
     *,
     checkpoint: Path | None = None,
     lora: Path | None = None,
     ema: bool = False,
+    draw: bool = False,
     samples: Path | None = None,
 ) -> dict[str, float]:
     """Losses over the recipe's validation draws. Collective; the main rank gets them, others nothing.
@@ -88,10 +84,12 @@ def evaluate(
         checkpoint: a run's checkpoint or output_dir.
         lora: an exported LoRA, instead of a checkpoint.
         ema: take the checkpoint's moving averages instead of its weights.
-        samples: folder to write videos to; an empty path means `output_dir/samples/<name of the weights>`.
+        draw: write videos too, to `output_dir/samples/<name of the weights>`.
+        samples: folder to write them to instead; implies `draw`.
 
     Raises:
-        ValueError: no validation in the recipe, an engine that cannot evaluate alone, or weights that do not fit.
+        ValueError: no validation in the recipe, an engine that cannot evaluate alone, weights that do not fit, or a
+            folder for videos that holds something else.
     """
     if launched_engine() == "zero3":
         raise ValueError("evaluation runs on one process, DDP or FSDP2: use another --config_file")
@@ -101,16 +99,29 @@ def evaluate(
         checkpoint = find_checkpoint(checkpoint)
     elif ema:
         raise ValueError("--ema is of a run's checkpoint: give --checkpoint too (an export with --ema holds averages)")
+    if samples is not None:
+        samples = Path(os.path.abspath(samples))  # "." has no name to give to what is written
+        _check_folder(samples)
     trainer = build_trainer(recipe, _readers(recipe, checkpoint, lora, ema=ema))
     trainer.prepare_evaluation()
     metrics = as_metrics(fixed_losses(trainer, trainer.eval_draws))
-    if samples is not None:
+    if draw or samples is not None:
         weights = checkpoint or lora or resolve_checkpoint(recipe.model.checkpoint, recipe.model.revision)
-        default = trainer.output_dir / "samples" / (weights.name.removesuffix(".safetensors") + "-ema" * ema)
-        _draw_videos(trainer, recipe, samples if samples != Path() else default)
+        _draw_videos(trainer, recipe, samples or trainer.output_dir / "samples" / _name_of(weights, ema=ema))
     if not trainer.is_world_process_zero():
         return {}
     return {**metrics, "num_draws": len(trainer.eval_draws)}
+
+
+def _check_folder(folder: Path) -> None:
+    """Drawing again replaces a folder of videos, and must not replace anything else."""
+    if folder.exists() and not (folder / SHEET).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"--samples {folder} holds something else than videos of an evaluation: give a new folder")
+
+
+def _name_of(weights: Path, *, ema: bool) -> str:
+    """What their videos are called; of "." it is the folder's own name, of a link into the hub's cache the link's."""
+    return os.path.basename(os.path.abspath(weights)).removesuffix(".safetensors") + "-ema" * ema
 
 
 def _readers(
