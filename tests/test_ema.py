@@ -16,7 +16,10 @@ from transformers import TrainerCallback
 
 from wan_accel import checkpoint
 from wan_accel.ema import Ema, EmaSettings
+from wan_accel.export import export
 from wan_accel.held_out import fixed_draws
+from wan_accel.lora_files import read_lora
+from wan_accel.models.reader import CheckpointReader
 from wan_accel.parallel.zero import refuse_offload
 from wan_accel.recipe.arguments import training_arguments
 from wan_accel.recipe.check import check
@@ -118,6 +121,22 @@ def test_equals_one_by_hand_resumes_and_is_swapped_in(layout: str, method: str, 
     second = checkpoint.read_trained(tmp_path / "b" / "checkpoint-4", ema=True)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.equal(first[name], swapped[name]) for name in first)
+    assert_exported(tmp_path / "a", swapped, method)
+
+
+def assert_exported(run: Path, averages: Weights, method: str) -> None:
+    """`export --ema` writes the averages that the run held, whatever its engine."""
+    if method == "full":
+        reader = CheckpointReader(export(run, ema=True, output=run / "averages"))
+        exported = {name: reader.read(name) for name in reader.shapes}
+    else:
+        exported = {}
+        for name, layer in read_lora(export(run, ema=True, output=run / "averages.safetensors")).layers.items():
+            exported[f"{name}.lora_A.default.weight"] = layer.down
+            exported[f"{name}.lora_B.default.weight"] = layer.up / 2  # alpha / r is folded in
+    assert exported.keys() == averages.keys()
+    for name, value in exported.items():
+        assert torch.equal(value, averages[name]), name
 
 
 def test_resumes_on_another_number_of_ranks_and_in_host_memory(base: str, tmp_path: Path) -> None:
