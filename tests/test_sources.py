@@ -249,7 +249,7 @@ def test_latents_that_contradict_their_bucket(root: Path, tmp_path: Path) -> Non
     source = LatentsDataset(tmp_path, variant=VARIANT)
     with pytest.raises(
         LatentsError,
-        match=r"clip square1 \(row 1\) has latents \(16, 2, 6, 4\), but its bucket of 9 frames of 48x32 needs \(16, 3,",
+        match=r"clip square1 \(row 1\): latents \(16, 2, 6, 4\) where the bucket of 9 frames of 48x32 needs \(16, 3,",
     ):
         source.sample(source.clip_ids.index("square1"), draw(1))
 

@@ -1,11 +1,12 @@
 """The data loader of a run: its items are optimizer steps, from where the run stands to its end."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, Sampler
 
-from wan_accel.data.collate import StepDataset, share_memory
+from wan_accel.data.collate import SampleError, StepDataset, share_memory
 
 if TYPE_CHECKING:
     from wan_accel.trainer import WanTrainer
@@ -25,9 +26,32 @@ class _StepSampler(Sampler):
         return iter(range(self.trainer.state.global_step, self.trainer.args.max_steps))
 
 
+class _StepItems(StepDataset):
+    """Items of which one that cannot be read says why: an exception of a worker arrives as text around its text."""
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        try:
+            return super().__getitem__(step)
+        except SampleError as error:
+            return {"step": step, "problem": str(error), "traceback": traceback.format_exc()}
+
+
+def check_items(items: Sequence[Mapping[str, Any]]) -> None:
+    """Raise what kept an item of `step_loader` from being read.
+
+    Raises:
+        SampleError: names the sample; the worker's traceback is its note.
+    """
+    for item in items:
+        if "problem" in item:
+            error = SampleError(item["problem"])
+            error.add_note(item["traceback"])
+            raise error
+
+
 def step_loader(trainer: "WanTrainer") -> DataLoader:
     """One item an optimizer step of this data rank."""
-    dataset = StepDataset(
+    dataset = _StepItems(
         trainer.source if trainer.live is None else trainer.live[0],
         trainer.plan,
         data_rank=trainer.dims.data_rank(trainer.args.process_index),

@@ -16,6 +16,7 @@ from transformers import set_seed
 from wan_accel import checkpoint
 from wan_accel.arguments import WanTrainingArguments
 from wan_accel.assemble import Techniques, assemble_experts, launched_engine, launched_replicas
+from wan_accel.data.collate import SampleError
 from wan_accel.data.latents import LatentsDataset
 from wan_accel.data.mixture import MixedLatents
 from wan_accel.data.provenance import removed_clips, warn_of_removed
@@ -29,7 +30,7 @@ from wan_accel.metrics import write_run_state
 from wan_accel.models.loading import CheckpointReader
 from wan_accel.models.variants import Expert, get_variant
 from wan_accel.nonfinite import NonFiniteError
-from wan_accel.parallel.agreement import from_main_rank
+from wan_accel.parallel.agreement import announce_failure, announced_failure, from_main_rank
 from wan_accel.parallel.cpu import enable_fsdp_on_cpu
 from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.recipe.arguments import training_arguments
@@ -70,9 +71,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return run(trainer, resume)
-    except (checkpoint.NoSpaceError, NonFiniteError) as error:
+    except (checkpoint.NoSpaceError, NonFiniteError, SampleError) as error:
         sys.stderr.write(f"\nerror: {error}\n")  # the progress bar is on the line above
         return 2
+    except Exception:
+        if announced_failure() is None:
+            raise
+        return 2  # a collective was broken off by a rank that has said why
 
 
 def build_trainer(recipe: Recipe, readers: Mapping[str, CheckpointReader] | None = None) -> WanTrainer:
@@ -262,8 +267,11 @@ def run(trainer: WanTrainer, resume: str | None) -> int:
             trainer.evaluate()
     except BaseException as error:
         log_failure(error)
-        if args.should_save:
-            write_run_state(output, "failed", trainer.state.global_step, f"{type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}"
+        if is_alone := isinstance(error, SampleError):
+            announce_failure(reason)
+        if args.should_save or is_alone:
+            write_run_state(output, "failed", trainer.state.global_step, announced_failure() or reason)
         raise
     if args.should_save:
         write_run_state(output, "finished", trainer.state.global_step)

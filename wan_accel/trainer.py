@@ -11,7 +11,7 @@ Trainer methods that are overridden, checked against transformers 5.17 to 5.23 (
 | _clip_grad_norm, _get_grad_norm | each expert by its own norm over sharded parameters; a norm that is not finite |
 | _save_checkpoint, _load_from_checkpoint | our checkpoints (wan_accel.run_checkpoints) |
 | evaluate | fixed-noise loss |
-| get_batch_samples, log | data wait, tokens per second, TFLOP/s, MFU, peak memory |
+| get_batch_samples, log | data wait, tokens per second, TFLOP/s, MFU, peak memory; a sample that cannot be read |
 """
 
 import math
@@ -52,7 +52,7 @@ from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.parallel.zero import backward_zero, refuse_offload
 from wan_accel.preparation import apply_parallelism, dp_replicate, prepare_pair, prepare_sharded
 from wan_accel.run_checkpoints import resume, save_checkpoint, trained_shapes
-from wan_accel.step_loader import step_loader
+from wan_accel.step_loader import check_items, step_loader
 from wan_accel.step_plan import StepPlan
 from wan_accel.throughput import Throughput
 from wan_accel.validation import as_metrics, fixed_losses
@@ -391,10 +391,10 @@ class WanTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
-        try:
-            return super().get_batch_samples(*args, **kwargs)
-        finally:
-            self._logged.data_seconds += time.perf_counter() - started
+        items, num_items = super().get_batch_samples(*args, **kwargs)
+        self._logged.data_seconds += time.perf_counter() - started
+        check_items(items)
+        return items, num_items
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add throughput and memory of the interval since the last training line."""

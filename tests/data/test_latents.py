@@ -14,11 +14,12 @@ from wan_accel.cache import main
 from wan_accel.data import store
 from wan_accel.data.captions import caption_id
 from wan_accel.data.cells import LatentsError, cell_to_tensor, tensor_to_cell
-from wan_accel.data.collate import StepDataset, collate, share_memory
+from wan_accel.data.collate import SampleError, StepDataset, collate, share_memory
 from wan_accel.data.latents import LatentsDataset
-from wan_accel.data.schema import LATENTS_SCHEMA, null_features
+from wan_accel.data.schema import LATENTS_SCHEMA, latents_features, null_features
 from wan_accel.draws import NO_KNOWN, Bucket, SampleDraw
 from wan_accel.models.loading import load_wan
+from wan_accel.models.variants import get_variant
 from wan_accel.step_plan import StepPlan
 from wan_accel.tiny import init_tiny
 
@@ -157,6 +158,35 @@ def test_samples_of_a_bucket_run_through_the_denoiser(dataset: LatentsDataset, l
     assert velocity.shape == batch["latents"].shape and velocity.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("column", "shape", "message"),
+    [
+        ("latents", (16, 3, 6, 4), r"latents \(16, 3, 6, 4\) where the bucket of 5 frames of 48x32 needs \(16, 2, .*"),
+        ("pose_latents", (16, 2, 6, 6), r"pose_latents \(16, 2, 6, 6\) where .* needs \(16, 2, 6, 4\)"),
+        ("motion_vectors", (9, 32), r"motion_vectors \(9, 32\) where .* needs \(5, 32\)"),
+        ("reference_latents", (16, 1, 4, 4), r"reference_latents \(16, 1, 4, 4\) where .* needs \(16, 1, 6, 4\)"),
+        ("known", (16, 3, 6, 4), r"known latents \(16, 3, 6, 4\) where .* needs \(16, 2, 6, 4\)"),
+    ],
+)
+def test_a_row_that_contradicts_its_bucket(
+    latents: Path, tmp_path: Path, column: str, shape: tuple[int, ...], message: str
+) -> None:
+    for part in ("text", "null"):
+        (tmp_path / part).symlink_to(latents / part)
+    with store.PartWriter(tmp_path / "clips", writer="rank0", features=latents_features()) as writer:
+        row = next(row for row in store.load(latents / "clips", LATENTS_SCHEMA) if row["num_frames"] == 5)
+        cell = tensor_to_cell(torch.zeros(shape, dtype=torch.bfloat16))
+        known = [variant | {"latents": cell} for variant in row["known"]]
+        writer.write(row | ({"known": known} if column == "known" else {column: cell}))
+    dataset = LatentsDataset(tmp_path, variant=get_variant("animate-14b"))
+    advice = r": the row was written by something else; encode into a new data\.latents folder"
+    with pytest.raises(LatentsError, match=rf"clip square\d \(row 0\): {message}{advice}"):
+        dataset.sample(0, draw(known=0))
+    good = LatentsDataset(latents, variant=get_variant("animate-14b"))
+    for number in range(6):
+        good.sample(0, draw(known=number))  # among them variants of which nothing is known
+
+
 def test_text_to_video_has_no_more_than_latents_and_text(tmp_path: Path) -> None:
     dataset = LatentsDataset(make_latents(tmp_path, "t2v-1.3b", rows=[clip_row(0), clip_row(1)]))
     sample = dataset.sample(0, draw(drop_caption=True))
@@ -178,6 +208,16 @@ def test_image_to_video_knows_its_first_frame(tmp_path: Path) -> None:
     assert torch.equal(batch["condition"][1, 4:], stored(dataset, 1, "image_latents"))
     assert torch.equal(batch["condition"][:, 4:, 0], batch["latents"][:, :, 0])  # the VAE is causal
     assert {name for name, key in dataset.keys.items() if key} == {"text", "video", "image"}
+
+
+def test_rows_that_do_not_fit_together_say_what_to_do(dataset: LatentsDataset) -> None:
+    """The cache would pass over both, as they have the right keys."""
+    with pytest.raises(
+        SampleError,
+        match=r"row 1 has latents of shape \(16, 4, 6, 4\), but row 0 of the same bucket has \(16, 3, 6, 4\): one of "
+        r"them was written by something else; encode into a new data\.latents folder",
+    ):
+        collate(dataset, [draw(0), draw(1)])  # buckets of 5 and 9 frames
 
 
 def test_null_row_that_was_not_cached(latents: Path, tmp_path: Path) -> None:

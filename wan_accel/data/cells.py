@@ -35,5 +35,8 @@ def cell_to_tensor(cell: Mapping[str, Any]) -> Tensor:
     dtype, shape = _DTYPES[cell["dtype"]], [int(n) for n in cell["shape"]]
     data = bytearray(cell["data"])
     if len(data) != int(np.prod(shape)) * dtype.itemsize:
-        raise LatentsError(f"a tensor cell has {len(data)} bytes, expected shape {shape} of {cell['dtype']}")
+        raise LatentsError(
+            f"a tensor cell has {len(data)} bytes, expected shape {shape} of {cell['dtype']}: copy the folder again, "
+            "or encode into a new one"
+        )
     return torch.frombuffer(data, dtype=dtype).reshape(shape)

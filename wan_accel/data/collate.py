@@ -16,6 +16,10 @@ MicroBatch = dict[str, Tensor]
 _PADDED = {"text", "live_caption"}  # of different lengths within a bucket
 
 
+class SampleError(ValueError):
+    """A sample that cannot be read, or does not fit the others of its micro-batch; the message names it."""
+
+
 class SampleSource(Protocol):
     """Cached conditions that can be drawn from, e.g. `LatentsDataset`."""
 
@@ -72,9 +76,12 @@ def collate(source: SampleSource, draws: Sequence[SampleDraw]) -> MicroBatch:
     Adds `sigma` (B,) and `weight` (B,) fp32, and `drop_image` (B,) bool.
 
     Raises:
-        ValueError: samples of one bucket differ in a shape; the message names both rows.
+        SampleError: a sample cannot be read, or samples of one bucket differ in a shape; the message names both rows.
     """
-    samples = [source.sample(draw.index, draw) for draw in draws]
+    try:
+        samples = [source.sample(draw.index, draw) for draw in draws]
+    except (ValueError, OSError) as error:
+        raise SampleError(str(error)) from error
     for name in _PADDED & samples[0].keys():
         longest = max(sample[name].shape[0] for sample in samples)
         for sample in samples:
@@ -92,8 +99,8 @@ def _stack(name: str, samples: Sequence[dict[str, Tensor]], draws: Sequence[Samp
     for sample, draw in zip(samples, draws):
         if name not in sample or sample[name].shape != first:
             found = tuple(sample[name].shape) if name in sample else "nothing"
-            raise ValueError(
+            raise SampleError(
                 f"row {draw.index} has {name} of shape {found}, but row {draws[0].index} of the same bucket has "
-                f"{tuple(first)}: one of them was cached wrongly; run wan_accel.cache on it again"
+                f"{tuple(first)}: one of them was written by something else; encode into a new data.latents folder"
             )
     return torch.stack([sample[name] for sample in samples])

@@ -12,6 +12,8 @@ from wan_accel.models.conditioning.animate import NUM_MASK_CHANNELS, join_condit
 from wan_accel.models.conditioning.image import join_first_frame
 from wan_accel.models.variants import Variant
 
+_OF_THE_VIDEO = ("latents", "image_latents", "pose_latents")  # columns of the video's own size
+
 
 def inputs_of(row: Row, latents: Tensor, draw: SampleDraw, nulls: Nulls) -> dict[str, Tensor]:
     """Latents and conditions of a draw, but for noise and text, without a batch dim.
@@ -43,20 +45,28 @@ def inputs_of(row: Row, latents: Tensor, draw: SampleDraw, nulls: Nulls) -> dict
     return inputs
 
 
-def check_shape(row: Row, latents: Tensor, variant: Variant, where: str) -> None:
-    """Refuse latents of another shape than the row's bucket; `where` names the row.
+def check_shapes(row: Row, draw: SampleDraw, variant: Variant) -> None:
+    """Refuse latents and conditions of other shapes than the row's bucket has, before their data is read.
 
     Raises:
-        LatentsError: both shapes.
+        LatentsError: both shapes of the first that differs, and what to do.
     """
     frames, height, width = row["num_frames"], row["height"], row["width"]
     (stride_t, stride_h, stride_w), channels = variant.vae.stride, variant.vae.latent_channels
-    expected = (channels, (frames - 1) // stride_t + 1, height // stride_h, width // stride_w)
-    if tuple(latents.shape) != expected:
-        raise LatentsError(
-            f"{where} has latents {tuple(latents.shape)}, but its bucket of {frames} frames of {height}x{width} needs "
-            f"{expected}: its row was written by something else; encode into a new data.latents folder"
-        )
+    hw = (height // stride_h, width // stride_w)
+    video = (channels, (frames - 1) // stride_t + 1, *hw)
+    found = {name: row.shape(name) for name in (*_OF_THE_VIDEO, "reference_latents", "motion_vectors")}
+    expected = {**dict.fromkeys(_OF_THE_VIDEO, video), "reference_latents": (channels, 1, *hw)}
+    expected["motion_vectors"] = (frames, *(found["motion_vectors"] or ())[1:])
+    if draw.known != NO_KNOWN:
+        found["known latents"], expected["known latents"] = row.shape("known", draw.known, "latents"), video
+    for name, shape in found.items():
+        if shape is not None and shape != expected[name]:
+            # The cache passes over rows that are there already, so that running it again mends none.
+            raise LatentsError(
+                f"{name} {shape} where the bucket of {frames} frames of {height}x{width} needs {expected[name]}: the "
+                "row was written by something else; encode into a new data.latents folder"
+            )
 
 
 def _motion(row: Row, draw: SampleDraw, nulls: Nulls) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from wan_accel.data import store
 from wan_accel.data.captions import caption_id
 from wan_accel.data.cells import LatentsError, cell_to_tensor
-from wan_accel.data.conditions import check_shape, inputs_of
+from wan_accel.data.conditions import check_shapes, inputs_of
 from wan_accel.data.digest import RowsDigest, digest_rows
 from wan_accel.data.nulls import Nulls, bucket_key
 from wan_accel.data.rows import Row, Rows
@@ -66,7 +66,7 @@ class LatentsDataset:
         root: the folder.
         where: which rows, an expression over their small columns (`data.where`); all by default.
         captions: captions by clip_id in place of those of the rows; their texts must have been encoded.
-        variant: what is trained: latents are checked to have its shapes. None: they are not checked.
+        variant: what is trained: latents and conditions are checked to have its shapes. None: they are not checked.
         listing: parts of the folder (`list_parts`), those that are listed now by default.
 
     Raises:
@@ -220,14 +220,17 @@ class LatentsDataset:
         """The denoiser's inputs for one draw, without a batch dim; see `inputs_of`.
 
         Raises:
-            LatentsError: the draw needs a null row that was not cached, or the row's latents contradict its bucket.
+            LatentsError: the draw needs a null row that was not cached, or the row is damaged or contradicts its
+                bucket; the clip is named.
         """
         row = self._row(index)
-        latents = cell_to_tensor(row["latents"])
-        if self.variant is not None:
-            check_shape(row, latents, self.variant, f"{self.root}: clip {row['clip_id']} (row {index})")
-        text = self._nulls.get("empty_prompt") if draw.drop_caption else self._text_of(index)
-        inputs = inputs_of(row, latents, draw, self._nulls)
+        try:
+            text = self._nulls.get("empty_prompt") if draw.drop_caption else self._text_of(index)
+            if self.variant is not None:
+                check_shapes(row, draw, self.variant)
+            inputs = inputs_of(row, cell_to_tensor(row["latents"]), draw, self._nulls)
+        except LatentsError as error:
+            raise LatentsError(f"{self.root}: clip {row['clip_id']} (row {index}): {error}") from error
         generator = torch.Generator().manual_seed(draw.noise_seed)
         return {**inputs, "text": text, "noise": torch.randn(inputs["latents"].shape, generator=generator)}
 

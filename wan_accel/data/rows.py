@@ -136,6 +136,16 @@ class Row(Mapping[str, Any]):
         """One item of a list column, without reading the others."""
         return self._scalar(self._batch.schema.get_field_index(name)).values[number].as_py()
 
+    def shape(self, name: str, *path: int | str) -> tuple[int, ...] | None:
+        """The shape of a tensor cell, further in along `path`, without its data; None where there is no cell."""
+        position = self._batch.schema.get_field_index(name)
+        if position < 0:
+            return None
+        cell = self._scalar(position)
+        for step in path:
+            cell = cell.values[step] if isinstance(step, int) else cell[step]
+        return tuple(cell["shape"].as_py()) if cell.is_valid else None
+
     def _scalar(self, position: int) -> Any:
         # Below the types of `datasets`, which turn a null array into nan.
         column = self._batch.column(position)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from wan_accel.data.digest import RowsDigest
 
 T = TypeVar("T")
+_FAILURE = "wan_accel/failure"
 
 
 def from_main_rank(make: Callable[[], T]) -> T:
@@ -64,3 +65,24 @@ def name_ranks(ranks: Sequence[int]) -> str:
             runs.append([rank, rank])
     words = ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {words}"
+
+
+def announce_failure(problem: str) -> None:
+    """Leave word of why this rank ends alone: the others will find a collective broken off, which says nothing."""
+    if dist.is_initialized():
+        _store().set(_FAILURE, problem)
+
+
+def announced_failure() -> str | None:
+    """Why a rank has ended alone; None where none has, or where the store has gone with it."""
+    if not dist.is_initialized():
+        return None
+    try:
+        return _store().get(_FAILURE).decode() if _store().check([_FAILURE]) else None
+    except RuntimeError:  # torch's DistError; without a launcher rank 0 holds the store
+        return None
+
+
+def _store() -> dist.Store:
+    # torch (2.8 to 2.14) has no public way to the store that its process group met at.
+    return dist.distributed_c10d._get_default_store()
