@@ -287,7 +287,7 @@ def test_a_failed_picture_does_not_end_the_run(
         raise OSError("No space left on device")
 
     monkeypatch.setattr(SampleWriter, "write", full_disk)
-    changes = [f"training.output_dir={tmp_path / 'run'}", "training.save_strategy='no'"]
+    changes = [f"training.output_dir={tmp_path / 'run'}", "training.save_strategy=no"]
     assert train.main([str(root / "recipe.yaml"), *changes]) == 0
     assert saved == {"step-0": [], "step-2": [], "step-4": ["checkpoint-4"]}  # the end is saved before it is drawn
     assert losses(tmp_path / "run") == losses(root / "run")

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from wan_accel.arguments import WanTrainingArguments
+from wan_accel.recipe.arguments import training_arguments
 from wan_accel.recipe.load import RecipeError, find_recipe, load_recipe, shipped_recipes, to_yaml
 
 GOOD = """\
@@ -106,3 +108,17 @@ def test_resolved_recipe_loads_again(tmp_path: Path) -> None:
 def test_strategies_by_epoch_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"training\.save_strategy: epoch is not supported: use steps"):
         load_recipe("t2v-1.3b/lora", ["training.save_strategy=epoch"])
+
+
+@pytest.mark.parametrize("text", ["no", "'no'", "No"])
+def test_a_strategy_of_no_is_read_as_written(tmp_path: Path, text: str) -> None:
+    """YAML 1.1 takes it for false, in a file and in an override."""
+    lines = f"base: t2v-1.3b/lora\ntraining: {{save_strategy: {text}, logging_strategy: {text}}}\n"
+    for recipe in (
+        load_recipe(write(tmp_path, lines)),
+        load_recipe("t2v-1.3b/lora", [f"training.save_strategy={text}", "--training.logging_strategy", text]),
+    ):
+        assert (recipe.training["save_strategy"], recipe.training["logging_strategy"]) == ("no", "no")
+        assert yaml.safe_load(to_yaml(recipe))["training"]["save_strategy"] == "no"
+        arguments = WanTrainingArguments(**training_arguments(recipe), use_cpu=True)
+        assert (arguments.save_strategy, arguments.logging_strategy) == ("no", "no")

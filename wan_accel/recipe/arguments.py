@@ -151,6 +151,14 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+_STRATEGIES = ("save_strategy", "logging_strategy")
+
+
+def with_no_as_written(training: dict[str, Any]) -> dict[str, Any]:
+    """`training:` with the strategy `no` as its text: YAML 1.1 reads it as false."""
+    return {**training, **{field: "no" for field in _STRATEGIES if training.get(field) is False}}
+
+
 def problems_of(training: dict[str, Any], where: Callable[[str], str]) -> list[str]:
     """Refuse what `training:` may not set, one line each. `where` gives a field's file and line."""
     problems = []
@@ -163,7 +171,7 @@ def problems_of(training: dict[str, Any], where: Callable[[str], str]) -> list[s
             near = difflib.get_close_matches(field, PASSED, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ": it is not a field of TrainingArguments"
             problems.append(f"{where(field)}: training.{field}: unknown key{hint}")
-    for field in ("save_strategy", "logging_strategy"):
+    for field in _STRATEGIES:
         if training.get(field) == "epoch":  # Trainer sees one endless epoch, so it would mean once, at the end
             problems.append(f"{where(field)}: training.{field}: epoch is not supported: use steps")
     if "output_dir" not in training:

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from wan_accel.recipe.arguments import problems_of
+from wan_accel.recipe.arguments import problems_of, with_no_as_written
 from wan_accel.recipe.schema import Recipe
 
 Keys = tuple[str | int, ...]
@@ -78,6 +78,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         keys: Keys = tuple(key.split("."))
         _set(content, keys, value)
         lines[keys] = f"override {key}"
+    if isinstance(training := content.get("training"), dict):
+        content["training"] = with_no_as_written(training)
     problems += problems_of(content.get("training") or {}, lambda field: _where(lines, ("training", field), path))
     try:
         recipe = TypeAdapter(Recipe).validate_python(content)
