@@ -72,7 +72,7 @@ class SampleWriter:
         with self._decoder() as vae:
             for info, latents, cached in drawn:
                 frames = to_frames(vae.decode(latents[None])[0])
-                video = f"{_safe(info.name)}.mp4"
+                video = f"{_file_stem(info.name)}.mp4"
                 write_mp4(temporary / video, frames, info.fps)
                 videos[info.name] = final / video
                 sheet_clips.append(_sheet_clip(info, frames, self._ground_truth(info, cached, vae)))
@@ -98,7 +98,7 @@ class SampleWriter:
         """The frames that sheets show of a clip; the first time its video is written as well."""
         if info.name not in self._truth:
             frames = self._frames_of(info.clip_id) if self.clips is not None else to_frames(vae.decode(cached[None])[0])
-            path = self.folder / "ground-truth" / f"{_safe(info.name)}.mp4"
+            path = self.folder / "ground-truth" / f"{_file_stem(info.name)}.mp4"
             path.parent.mkdir(exist_ok=True)
             write_mp4(path, frames, info.fps)
             self._truth[info.name] = frames[columns_of(len(frames))]
@@ -126,8 +126,9 @@ def _sheet_clip(info: ClipInfo, frames: np.ndarray, truth: np.ndarray) -> SheetC
     )
 
 
-def _safe(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", name)
+def _file_stem(name: str) -> str:
+    """A clip's name for a file, another one for every name: what a file system may not take becomes `%` and hex."""
+    return re.sub(r"[^\w.-]", lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode()), name)
 
 
 def to_frames(pixels: Tensor) -> np.ndarray:
