@@ -37,6 +37,8 @@ def test_every_format_reads_the_same(tmp_path: Path, encoding: str) -> None:
         ("none.jsonl", None, "does not exist: give a file with clip_id and caption"),
         ("a.jsonl", "{", "cannot be read"),
         ("a.parquet", "x", "cannot be read"),
+        ("a.json", '{"a": "x", "b": "y", "a": "z"}', r"a\.json cannot be read \(a is there twice: keep one\)"),
+        ("a.jsonl", '{"clip_id": "a", "caption": "b", "caption": "c"}', r"\(caption is there twice: keep one\)"),
         ("a.json", "3", "holds neither a list of rows nor a map"),
         ("a.jsonl", '{"clip_id": "a", "text": "b"}', "row 1 has no text clip_id and caption, it is {'clip_id': 'a'"),
         ("a.csv", f"clip_id,caption\na,{'x' * 200_000}\n", r"cannot be read \(field larger than field limit"),

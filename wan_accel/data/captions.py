@@ -70,16 +70,26 @@ def check_clip_ids(captions: Mapping[str, str], clip_ids: Iterable[str], path: s
 def _read_jsonl(path: Path) -> list[Any]:
     # Not `splitlines`: JSON may have U+2028 and its like inside a caption, where they end no line.
     with path.open(encoding=_ENCODING) as file:
-        return [json.loads(line) for line in file if line.strip()]
+        return [json.loads(line, object_pairs_hook=_once) for line in file if line.strip()]
 
 
 def _read_json(path: Path) -> list[Any]:
-    content = json.loads(path.read_text(encoding=_ENCODING))
+    content = json.loads(path.read_text(encoding=_ENCODING), object_pairs_hook=_once)
     if isinstance(content, Mapping):
         return [dict(zip(_COLUMNS, item)) for item in content.items()]
     if not isinstance(content, list):
         raise ValueError("it holds neither a list of rows nor a map of clip_id to caption")
     return content
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which Python would keep the last of two equal keys."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key} is there twice: keep one")
+        found[key] = value
+    return found
 
 
 def _read_csv(path: Path) -> list[Any]:
