@@ -80,6 +80,22 @@ def test_the_command(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture) ->
     assert message.startswith("error: me/nothing at http://127.0.0.1") and "Repository" in message
 
 
+def test_a_file_that_is_missing_is_not_made_a_folder(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("x.safetensors", "weights/x.safetensors"):
+        assert not is_hub_id(name)
+        with pytest.raises(ValueError, match=rf"model\.checkpoint={name} names a file, .*: give a folder or a hub id"):
+            download(recipe(name))
+    assert main(["download", "t2v-1.3b/lora", "--output", "x.safetensors"]) == 2
+    assert capsys.readouterr().err.startswith("error: --output=x.safetensors names a file")
+    assert not hub.requests and not list(tmp_path.iterdir())
+    (tmp_path / "x.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match="is a file that is there: nothing is to be fetched"):
+        download(recipe("x.safetensors"))
+
+
 def test_files_that_are_missing_or_damaged_are_named(
     hub: Hub, released: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from wan_accel.disk import free_bytes
 from wan_accel.hub import HubError, reaching_hub
-from wan_accel.models.hub import is_hub_id
+from wan_accel.models.hub import FILE, is_hub_id
 from wan_accel.models.layouts import DIFFUSERS_FOLDERS, TOKENIZER, encoder_folder, is_diffusers
 from wan_accel.models.variants import TOKENIZER_FOLDER, Expert, Variant, get_variant
 from wan_accel.recipe.schema import Recipe
@@ -36,7 +36,7 @@ def download(recipe: Recipe, *, output: Path | None = None) -> Path:
 
     Raises:
         HubError: the hub cannot be reached or lacks files, which are named.
-        ValueError: the disk is too small, or a file does not open.
+        ValueError: the target is no folder, the disk is too small, or a file does not open.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -45,8 +45,8 @@ def download(recipe: Recipe, *, output: Path | None = None) -> Path:
     from_hub = is_hub_id(checkpoint)
     repo_id = checkpoint if from_hub else variant.hub_id
     target = output or (None if from_hub else Path(checkpoint))
-    if target is not None and target.is_file():
-        raise ValueError(f"model.checkpoint={target} is a file that is there: nothing is to be fetched")
+    if target is not None:
+        _check_target(target, "--output" if output is not None else "model.checkpoint")
     api, revision = HfApi(), recipe.model.revision
     asked = f"{repo_id}{f' at revision {revision}' if revision else ''} at {api.endpoint}"
     with reaching_hub(f"{asked} cannot be fetched"):
@@ -60,6 +60,17 @@ def download(recipe: Recipe, *, output: Path | None = None) -> Path:
         folder = Path(api.snapshot_download(repo_id, revision=revision, local_dir=target, allow_patterns=files))
     _open(folder, variant, experts)
     return folder
+
+
+def _check_target(target: Path, name: str) -> None:
+    """Refuse what is a file or is called like one: a checkpoint that is fetched is a folder."""
+    if target.is_file():
+        raise ValueError(f"{name}={target} is a file that is there: nothing is to be fetched")
+    if target.suffix == FILE and not target.exists():
+        raise ValueError(
+            f"{name}={target} names a file, and a checkpoint that is fetched is a folder: give a folder or a hub id, "
+            "or copy the file there"
+        )
 
 
 def needed_files(names: Sequence[str], variant: Variant, experts: Sequence[Expert], repo_id: str) -> list[str]:

@@ -8,15 +8,17 @@ from wan_accel.models.errors import CheckpointError
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # First folders of relative paths, which have the form of a hub id: what the guide and the shipped recipes use.
 LOCAL_FOLDERS = ("checkpoints", "models", "output", "runs", "data")
+FILE = ".safetensors"  # of a checkpoint that is one file, and never a repository's name
 
 
 def is_hub_id(checkpoint: str) -> bool:
     """Whether `model.checkpoint` is `owner/name` of a hub and no local path.
 
-    A path that exists, or whose folder does, is local; so is one that begins with `./`, `/` or a usual folder.
+    A path that exists, or whose folder does, is local; so is one that begins with `./`, `/` or a usual folder, or that
+    names a safetensors file.
     """
     path = Path(checkpoint)
-    if path.exists() or not HUB_ID.fullmatch(checkpoint):
+    if path.exists() or path.suffix == FILE or not HUB_ID.fullmatch(checkpoint):
         return False
     return path.parts[0] not in LOCAL_FOLDERS and not path.parent.is_dir()
 
