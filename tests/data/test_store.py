@@ -350,6 +350,21 @@ def test_a_claim_killed_halfway_can_be_made_again(tmp_path):
     store.claim_output(tmp_path, schema=CLIPS_SCHEMA, settings=SETTINGS)
 
 
+def test_a_folder_that_another_rank_claims_meanwhile_is_ours(tmp_path, monkeypatch):
+    """It writes the run file and its first part between one look at the folder and the next."""
+    look = Path.iterdir
+
+    def claimed_meanwhile(folder):
+        monkeypatch.undo()
+        store.claim_output(folder, schema=CLIPS_SCHEMA, settings=SETTINGS)
+        write(folder, range(1))
+        return look(folder)
+
+    monkeypatch.setattr(Path, "iterdir", claimed_meanwhile)
+    store.claim_output(tmp_path, schema=CLIPS_SCHEMA, settings=SETTINGS)
+    assert numbers_of(tmp_path) == [0]
+
+
 def test_an_exception_drops_the_open_part_only(root):
     with (
         pytest.raises(RuntimeError, match="of the caller"),

@@ -22,6 +22,9 @@ def claim_output(root: Path, *, schema: str, settings: dict[str, Any]) -> None:
     path = root / RUN_FILE
     settings = json.loads(json.dumps(settings))  # as they read back: a tuple is a list
     wanted = {"schema": schema, "settings": settings, "settings_hash": settings_hash(settings)}
+    # Looked at before the run file, which another rank may write meanwhile, and parts behind it. The run file itself or
+    # its temporary is another rank claiming at this moment, or a claim that was killed.
+    is_foreign = root.is_dir() and any(not path.name.startswith(RUN_FILE) for path in root.iterdir())
     if path.is_file():
         found = json.loads(path.read_text())
         check_schema(found.get("schema"), schema, str(root))
@@ -36,8 +39,7 @@ def claim_output(root: Path, *, schema: str, settings: dict[str, Any]) -> None:
                 "remove it"
             )
         return
-    # The run file itself, or its temporary, is another rank claiming at this moment, or a claim that was killed.
-    if root.is_dir() and any(not path.name.startswith(RUN_FILE) for path in root.iterdir()):
+    if is_foreign:
         raise StoreError(f"{root} is not empty and was not made by wan-accel: choose another output folder")
     root.mkdir(parents=True, exist_ok=True)
     write_json(path, wanted)
