@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from wan_accel.parallel.collectives import all_gather_single, reduce_scatter_single
 from wan_accel.parallel.mesh import ParallelDims
 
 MIB = 2**20
@@ -29,8 +30,8 @@ class Axis:
 
 # Names as in the report. whole (S), other (S): tensors of all ranks' bytes. part (S / n): this rank's.
 COLLECTIVES: dict[str, Callable[[Tensor, Tensor, Tensor, dist.ProcessGroup], object]] = {
-    "all-gather": lambda whole, other, part, group: dist.all_gather_into_tensor(whole, part, group=group),
-    "reduce-scatter": lambda whole, other, part, group: dist.reduce_scatter_tensor(part, whole, group=group),
+    "all-gather": lambda whole, other, part, group: all_gather_single(whole, part, group=group),
+    "reduce-scatter": lambda whole, other, part, group: reduce_scatter_single(part, whole, group=group),
     "all-to-all": lambda whole, other, part, group: dist.all_to_all_single(other, whole, group=group),
     "all-reduce": lambda whole, other, part, group: dist.all_reduce(whole, group=group),
 }

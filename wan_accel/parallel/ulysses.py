@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from wan_accel.parallel.collectives import all_gather_single, reduce_scatter_single
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenSpan:
@@ -103,7 +105,7 @@ class _GatherTokens(torch.autograd.Function):
         ctx.group = group  # type: ignore[attr-defined]
         x = x.transpose(0, 1).contiguous()
         out = x.new_empty(x.shape[0] * dist.get_world_size(group), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x, group=group)
+        all_gather_single(out, x, group=group)
         return out.transpose(0, 1)
 
     @staticmethod
@@ -111,7 +113,7 @@ class _GatherTokens(torch.autograd.Function):
         group = ctx.group  # type: ignore[attr-defined]
         grad = grad.transpose(0, 1).contiguous()
         out = grad.new_empty(grad.shape[0] // dist.get_world_size(group), *grad.shape[1:])
-        dist.reduce_scatter_tensor(out, grad, group=group)
+        reduce_scatter_single(out, grad, group=group)
         return out.transpose(0, 1), None
 
 
