@@ -17,6 +17,7 @@ MIB = 2**20
 # Of the whole tensor: large enough for bandwidth to count on GPUs, small enough for gloo.
 SIZE_MIB = {"cuda": 64, "cpu": 4}
 NUM_WARMUPS, NUM_REPEATS = 2, 5
+NUM_PRODUCTS = 10  # in a row, so that starting them and waiting for them does not count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,5 +127,5 @@ def product_tflops(device: torch.device) -> float:
     """TFLOP/s of a matrix product: bf16 on a GPU, where a hot or throttled one shows; fp32 on a CPU."""
     side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     left = torch.randn(side, side, device=device, dtype=dtype)
-    seconds = _median_seconds(lambda: left @ left, None, device)
-    return 2 * side**3 / seconds / 1e12
+    seconds = _median_seconds(lambda: [left @ left for _ in range(NUM_PRODUCTS)], None, device)
+    return NUM_PRODUCTS * 2 * side**3 / seconds / 1e12
