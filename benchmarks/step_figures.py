@@ -14,12 +14,26 @@ GPU_GIB = 80.0
 # CUDA's context, NCCL's buffers, and what the allocator cannot use.
 RESERVED_GIB = 4.0
 CACHED_EPOCHS = 10
+# FSDP2 reduces gradients in fp32 (`parallel.fsdp.mixed_precision_policy`), a layer at a time: it waits for a layer's
+# reduction, and lets go of its buffer, before it fills the next one's.
+REDUCE_BYTES = 4
 
 
 def figures(
-    slice_: Slice, method: str, policy: str | float, timed: Timed, encoders: dict[str, float] | str
+    slice_: Slice,
+    method: str,
+    policy: str | float,
+    timed: Timed,
+    encoders: dict[str, float] | str,
+    *,
+    matrix_tflops: float,
 ) -> dict[str, Any]:
-    """A row's fields (docs/BENCHMARKS.md). `encoders`: their seconds, or why there are none."""
+    """A row's fields (docs/BENCHMARKS.md).
+
+    Args:
+        encoders: their seconds, or why there are none.
+        matrix_tflops: of a large bf16 product in the same run.
+    """
     work = Work(
         lora_rank=RANK if method == "lora" else None, has_face_blocks=slice_.row.has_animate_adapter
     )
@@ -31,6 +45,7 @@ def figures(
         "diffsynth_ms": round(1e3 * timed.peer_seconds, 1),
         "ratio": round(timed.peer_seconds / timed.seconds, 3),
         "tflops": round(flops / timed.seconds / 1e12, 1),
+        "of_matrix_tflops": round(flops / timed.seconds / 1e12 / matrix_tflops, 3),
         "saved_gib_a_layer": round(timed.saved.layers / slice_.num_layers / GIB, 3),
         "full_model_gib": round(needed, 1),
         "num_gpus": num_gpus,
@@ -63,9 +78,11 @@ def full_model_gib(slice_: Slice, method: str, policy: str | float, saved: Saved
 
     Sharded over all GPUs are the weights: 2 bytes each in LoRA, 16 in full training (fp32 master, gradient, two
     moments), and 16 bytes of an adapter's. Gathered are two layers, the next one being fetched ahead, and the layers
-    around the blocks, in bf16, in full training with their gradients. What was measured on the slice (activations, and
-    a layer's working memory while it is differentiated) is divided by the Ulysses degree; the exchanges' outputs, which
-    a slice on one GPU does not have, come on top. Of the size of latents are six tensors in fp32.
+    around the blocks, in bf16. In full training there are gradients of a layer and of those around in bf16, and FSDP2's
+    buffer of the layer before in fp32, whose gradients are being summed over the ranks. What was measured on the slice
+    (activations, and a layer's working memory while it is differentiated) is divided by the Ulysses degree; the
+    exchanges' outputs, which a slice on one GPU does not have, come on top. Of the size of latents are six tensors in
+    fp32.
     """
     size, num_gpus = slice_.row.dit, slice_.num_gpus[method]
     layer, around = layer_parameters(size), other_parameters(slice_)
@@ -73,7 +90,9 @@ def full_model_gib(slice_: Slice, method: str, policy: str | float, saved: Saved
     weights = total * (16 if method == "full" else 2)
     if method == "lora":
         weights += 16 * size.num_layers * RANK * (18 * size.dim + 2 * size.ffn_dim)
-    gathered = (2 * layer + around) * (2 if method == "lora" else 4)
+    gathered = 2 * (2 * layer + around)
+    if method == "full":
+        gathered += 2 * (layer + around) + REDUCE_BYTES * layer
     per_layer = saved.layers / slice_.num_layers + exchanged_bytes(slice_, policy, ulysses)
     activations = (size.num_layers * per_layer + saved.around + saved.working) / ulysses
     frames, height, width = slice_.latents

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from diffsynth.models import wan_video_dit
 from diffsynth.pipelines.wan_video import model_fn_wan_video
 from torch import Tensor, nn
 
@@ -113,6 +114,18 @@ class Peer(nn.Module):
         )  # fmt: skip
 
 
+def peer_attention() -> str:
+    """The kernel that DiffSynth takes for every attention: the first package that is installed, and no setting."""
+    for name, is_there in (
+        ("flash_3", wan_video_dit.FLASH_ATTN_3_AVAILABLE),
+        ("flash_2", wan_video_dit.FLASH_ATTN_2_AVAILABLE),
+        ("sage", wan_video_dit.SAGE_ATTN_AVAILABLE),
+    ):
+        if is_there:
+            return name
+    return "sdpa"
+
+
 def size_of(slice_: Slice, tiny: bool) -> DitSize:
     size = replace(slice_.row.dit, num_layers=slice_.num_layers)
     if not tiny:
@@ -194,8 +207,12 @@ def peer_step(peer: Peer, inputs: dict[str, Tensor]) -> Tensor:
     return _finish(peer, peer(**inputs))
 
 
+def our_velocity(model: WanDenoiser, inputs: dict[str, Tensor]) -> Tensor:
+    return model(**{**inputs, "timestep": inputs["timestep"].float()})
+
+
 def our_step(model: WanDenoiser, inputs: dict[str, Tensor]) -> Tensor:
-    return _finish(model, model(**{**inputs, "timestep": inputs["timestep"].float()}))
+    return _finish(model, our_velocity(model, inputs))
 
 
 def _finish(model: nn.Module, out: Tensor) -> Tensor:
