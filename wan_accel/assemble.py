@@ -13,6 +13,7 @@ from wan_accel.lora import LoraSettings, inject_lora
 from wan_accel.models.attention import check_attention
 from wan_accel.models.blocks import CheckpointedModule
 from wan_accel.models.compilation import compile_blocks
+from wan_accel.models.compile_rules import compile_problems
 from wan_accel.models.denoiser import WanDenoiser, inject_ulysses, set_attention
 from wan_accel.models.fp8 import check_fp8, convert_to_fp8
 from wan_accel.models.loading import CheckpointReader, build_denoiser, fill_parameters
@@ -81,7 +82,9 @@ def assemble(
     Raises:
         CheckpointError, ValueError: the checkpoint, targets or degrees do not fit, or techniques exclude each other.
     """
-    _check_compilation(techniques, engine)
+    problems = compile_problems(techniques, engine)
+    if problems:
+        raise ValueError("\n".join(problems))
     if engine == "zero3":
         return _assemble_zero3(variant, reader, techniques, dims, device)
     with torch.device("meta"):
@@ -109,25 +112,6 @@ def assemble_experts(
         for name, reader in readers.items()
     }
     return ExpertPair(experts) if len(experts) > 1 else next(iter(experts.values()))
-
-
-def _check_compilation(techniques: Techniques, engine: Engine) -> None:
-    """What `wan-accel check` says of a recipe, for those who come without one.
-
-    Raises:
-        ValueError: compiled blocks under ZeRO-3, or a budget that no compiler keeps to.
-    """
-    if techniques.compile and engine == "zero3":
-        raise ValueError(
-            "compile=True does not work under ZeRO-3, which gathers parameters inside the blocks: use FSDP2, or "
-            "compile=False"
-        )
-    policy = techniques.activation_checkpointing
-    if not techniques.compile and not isinstance(policy, str):
-        raise ValueError(
-            f"activation_checkpointing={policy} needs compile=True: it is the compiler that keeps to a budget; use "
-            "attention, full or none without it"
-        )
 
 
 def _apply(

@@ -69,8 +69,9 @@ def test_the_experts_of_a_pair_share_group_and_graphs() -> None:
 @pytest.mark.parametrize(
     ("engine", "techniques", "message"),
     [
-        ("zero3", Techniques(compile=True), "compile=True does not work under ZeRO-3.*use FSDP2, or compile=False"),
-        ("fsdp2", Techniques(activation_checkpointing=0.5), r"activation_checkpointing=0\.5 needs compile=True"),
+        ("zero3", Techniques(compile=True), "compile: true does not work under ZeRO-3.*use FSDP2"),
+        ("single", Techniques(fp8=True), "fp8=True needs memory.compile"),
+        ("fsdp2", Techniques(activation_checkpointing=0.5), r"activation_checkpointing=0\.5 needs memory\.compile"),
     ],
 )
 def test_assembling_without_a_recipe_refuses_what_check_does(

@@ -108,7 +108,8 @@ def test_engines_that_are_not_supported(tmp_path: Path) -> None:
 def test_what_needs_compiled_blocks() -> None:
     recipe = load_recipe("t2v-1.3b/lora", ["memory={activation_checkpointing: 0.5, compile: false, fp8: true}"])
     assert check(recipe) == [
-        "memory.activation_checkpointing=0.5 needs memory.compile: true: it is the compiler that keeps to a budget",
+        "memory.activation_checkpointing=0.5 needs memory.compile: true: it is the compiler that keeps to a budget; "
+        "use attention, full or none without it",
         "memory.fp8=True needs memory.compile: true: casts that are not fused cost more than 8 bits save",
     ]
     recipe = load_recipe("t2v-1.3b/lora", ["memory={activation_checkpointing: 0.5, compile: true, fp8: true}"])

@@ -6,12 +6,13 @@ from typing import Any
 
 import yaml
 
+from wan_accel.models.compile_rules import compile_problems
 from wan_accel.models.hub import is_hub_id
 from wan_accel.models.variants import Variant, get_variant
 from wan_accel.optimizers import optimizer_problem
 from wan_accel.parallel.degrees import usable_degrees
 from wan_accel.recipe.check_data import check_data
-from wan_accel.recipe.schema import Memory, Objective, Recipe
+from wan_accel.recipe.schema import Objective, Recipe
 from wan_accel.sample_schedule import drawn_sigmas
 
 
@@ -34,7 +35,7 @@ def check(
     problems += _check_objective(recipe.objective)
     problems += _check_batches(recipe)
     problems += check_data(recipe, variant)
-    problems += _check_memory(recipe.memory, engine)
+    problems += compile_problems(recipe.memory, engine)
     problems += _check_parallel(recipe, world_size, num_heads)
     if recipe.model.revision is not None and not is_hub_id(recipe.model.checkpoint):
         problems.append(
@@ -132,28 +133,6 @@ def _check_sample(recipe: Recipe, variant: Variant) -> list[str]:
         drawn_sigmas(sample.num_steps, variant.shift, experts)
     except ValueError as error:
         problems.append(str(error))
-    return problems
-
-
-# Why a key of `memory` needs compiled blocks.
-_COMPILED = {
-    "activation_checkpointing": "it is the compiler that keeps to a budget",
-    "fp8": "casts that are not fused cost more than 8 bits save",
-}
-
-
-def _check_memory(memory: Memory, engine: str | None) -> list[str]:
-    problems = []
-    if memory.compile and engine == "zero3":
-        problems.append(
-            "memory.compile: true does not work under ZeRO-3, which gathers parameters inside the blocks: use FSDP2 "
-            "(fsdp2.yaml), or set memory.compile: false"
-        )
-    needing = {"activation_checkpointing": isinstance(memory.activation_checkpointing, float), "fp8": memory.fp8}
-    for name in (name for name, needs in needing.items() if needs and not memory.compile):
-        problems.append(
-            f"memory.{name}={getattr(memory, name)} needs memory.compile: true: {_COMPILED[name]}"
-        )
     return problems
 
 
