@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from preprocessing.export_folders import ChosenClips
 from wan_accel.data import store
 from wan_accel.data.schema import CLIPS_SCHEMA, QUALITY
+from wan_accel.listing import first_few
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _QUANTILES = (0.05, 0.5, 0.95)
@@ -84,8 +85,7 @@ def _figures(chosen: ChosenClips, num_bytes: int) -> list[str]:
 def _counted(values: Any) -> str:
     """Each value with how often it is there, the most frequent first."""
     counts = Counter(map(str, values))
-    listed = ", ".join(f"{value} ({count})" for value, count in counts.most_common(_MOST_LISTED))
-    return listed + (f" and {len(counts) - _MOST_LISTED} more" if len(counts) > _MOST_LISTED else "")
+    return first_few([f"{value} ({count})" for value, count in counts.most_common()], _MOST_LISTED)
 
 
 def _quality(chosen: ChosenClips) -> list[str]:

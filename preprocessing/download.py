@@ -19,6 +19,7 @@ from preprocessing.released_models import (
 )
 from preprocessing.video import sha256_file
 from wan_accel.hub import HubError, HubUnreachable, reaching_hub
+from wan_accel.listing import first_few
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -172,12 +173,11 @@ def _right(output: Path, file: HubFile) -> str | None:
 
 
 def _wrong(files: Sequence[HubFile]) -> str:
-    listed = "; ".join(
+    removed = [
         f"{file.path} came with another hash than the hub says ({file.sha256 or file.git_sha1}) and was removed"
-        for file in files[:_SHOWN]
-    )
-    more = f"; and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
-    return f"{listed}{more}: run the same command again"
+        for file in files
+    ]
+    return f"{first_few(removed, _SHOWN, separator='; ')}: run the same command again"
 
 
 def _git_sha1(path: Path) -> str:

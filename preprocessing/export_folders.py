@@ -14,6 +14,7 @@ from preprocessing.selection import Selection, select
 from preprocessing.wan_files import needed_columns
 from wan_accel.data import store
 from wan_accel.data.schema import CLIPS_SCHEMA
+from wan_accel.listing import first_few
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -94,8 +95,7 @@ class ChosenClips:
 
 def some(names: Sequence[str]) -> str:
     """The first few of the clips' names, for a message."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{'clips' if len(names) > 1 else 'clip'} {', '.join(names[:_SHOWN])}{more}"
+    return f"{'clips' if len(names) > 1 else 'clip'} {first_few(names, _SHOWN)}"
 
 
 def _drawn_columns() -> set[str]:

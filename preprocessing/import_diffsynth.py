@@ -10,6 +10,7 @@ from typing import Any
 
 from preprocessing.inputs import VIDEO_ENDINGS, InputError, is_remote
 from wan_accel.data.store import write_lines
+from wan_accel.listing import first_few
 
 VIDEO, CAPTION = "video", "prompt"
 # Arguments of DiffSynth's Wan pipeline that hold a picture of the character, and so columns of its datasets.
@@ -47,9 +48,8 @@ def import_diffsynth(metadata: Path, output: Path, *, base_path: Path | None = N
         raise InputError(f"{metadata} has no column {VIDEO!r} but {found}: is it the metadata of videos?")
     entries, problems = _entries(rows, base_path or metadata.parent)
     if problems:
-        more = f"\n  and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
-        listed = "".join(f"\n  {problem}" for problem in problems[:_SHOWN_PROBLEMS])
-        raise InputError(f"{metadata}: {len(problems)} problems{listed}{more}")
+        listed = first_few(problems, _SHOWN_PROBLEMS, separator="\n  ")
+        raise InputError(f"{metadata}: {len(problems)} problems\n  {listed}")
     output.parent.mkdir(parents=True, exist_ok=True)
     write_lines(output, _lines(entries, output.suffix))
     return Imported(videos=len(entries), unused=[n for n in names if n not in (VIDEO, CAPTION, *REFERENCES)])

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from wan_accel.listing import first_few
+
 VIDEO_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 _MANIFEST_ENDINGS = (".csv", ".jsonl", ".parquet")
 _COLUMNS = (
@@ -123,8 +125,7 @@ def read_manifest(path: str) -> list[Source]:
         except ValueError as error:
             problems.append(f"row {number}: {error}")
     if problems:
-        more = f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
-        raise InputError(f"{path}: " + "; ".join(problems[:_SHOWN_PROBLEMS]) + more)
+        raise InputError(f"{path}: {first_few(problems, _SHOWN_PROBLEMS, separator='; ')}")
     return list(sources.values())
 
 

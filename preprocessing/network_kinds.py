@@ -11,6 +11,7 @@ from preprocessing.onnx_model import OnnxModel
 from preprocessing.pose import NUM_KEYPOINTS
 from preprocessing.types import Float
 from preprocessing.yolo import num_cells, rows_from_labelled, rows_from_yolov8, rows_from_yolox
+from wan_accel.listing import first_few
 
 Shape = tuple[Any, ...]  # ("N", ...): the batch comes first
 _LEAST_CELL_ROWS = 1000  # YOLOv10 gives a few hundred rows, a grid of cells thousands
@@ -126,7 +127,7 @@ def _check_classes(model: OnnxModel, kind: DetectorKind, shapes: list[Shape]) ->
     names = _class_names(model.metadata.get("names"))
     if not names:
         return
-    listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    listed = first_few(names, 5)
     num_classes = kind.num_classes(shapes)
     if num_classes not in (None, len(names)):
         raise ValueError(

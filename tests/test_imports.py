@@ -13,9 +13,10 @@ HEAVY = ("torch", "deepspeed", "diffsynth", "transformers", "accelerate")
 NETWORKS = {"sam2_video": {"torch"}, "sam2_transformers": {"torch", "transformers"}, "flux": {"torch"}}
 CONTRACT = {"wan_accel.data", "wan_accel.data.schema", "wan_accel.data.store", "wan_accel.data.clips"}
 # What both sides need, and what must not differ: arithmetic on arrays, the language that chooses clips, what a hub's
-# failures are called, the text on contact sheets.
+# failures are called, the text on contact sheets, lists that are cut short.
 SHARED = {
-    "wan_accel.data.masks", "wan_accel.data.skeleton", "wan_accel.data.where", "wan_accel.hub", "wan_accel.sheet_text",
+    "wan_accel.data.masks", "wan_accel.data.skeleton", "wan_accel.data.where", "wan_accel.hub", "wan_accel.listing",
+    "wan_accel.sheet_text",
 }  # fmt: skip
 
 

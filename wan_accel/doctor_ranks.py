@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from wan_accel.doctor_finding import Finding, Level
+from wan_accel.listing import first_few
 
 # Slower than this share of the median is a warning: caches and clocks alone stay above it.
 SLOW_SHARE = 0.7
@@ -51,10 +52,9 @@ def difference(name: str, values: Mapping[int, str], hosts: Mapping[int, str]) -
     strange = [f"{_who(rank, hosts)} has {value}" for rank, value in values.items() if value != usual]
     if not strange:
         return None
-    more = f" and {len(strange) - NUM_NAMED} more" if len(strange) > NUM_NAMED else ""
     level: Level = "warning" if name in HARDWARE else "problem"
     advice = "all ranks wait for the slowest" if name in HARDWARE else "install the same everywhere"
-    value = f"{', '.join(strange[:NUM_NAMED])}{more}; the others have {usual}"
+    value = f"{first_few(strange, NUM_NAMED)}; the others have {usual}"
     return Finding(name=name, level=level, value=value, advice=advice)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import xxhash
 
+from wan_accel.listing import first_few
+
 logger = logging.getLogger("wan_accel")
 _COLUMNS = ("clip_id", "caption")
 _ENCODING = "utf-8-sig"  # Excel and PowerShell begin a file with a byte order mark
@@ -56,10 +58,9 @@ def check_clip_ids(captions: Mapping[str, str], clip_ids: Iterable[str], path: s
     unknown = sorted(captions.keys() - set(clip_ids))
     if not unknown:
         return
-    more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
     message = (
         f"data.captions={path} has captions of {len(unknown)} clips that the dataset does not have "
-        f"({', '.join(unknown[:3])}{more})"
+        f"({first_few(unknown, 3)})"
     )
     if len(unknown) == len(captions):
         raise ValueError(f"{message}, and none of a clip that it has: give the file of these clips")

@@ -14,6 +14,7 @@ from wan_accel.data.fingerprint import fingerprints
 from wan_accel.data.latents import LatentsDataset
 from wan_accel.data.rows import Rows
 from wan_accel.data.schema import LATENTS_SCHEMA
+from wan_accel.listing import first_few
 
 logger = logging.getLogger("wan_accel")
 COMPARED = ("clip_id", "num_frames", "height", "width")
@@ -33,12 +34,11 @@ def warn_of_removed(names: Sequence[str], latents: Path, clips: Path) -> None:
     """Say that clips which are gone will be trained on, and how to leave them out."""
     if not names:
         return
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     where = " and ".join(f"clip_id != '{name}'" for name in names[:3])
     logger.warning(
-        "data.latents=%s has %d clips that are no longer in data.clips=%s and are trained on (%s%s): to leave them "
+        "data.latents=%s has %d clips that are no longer in data.clips=%s and are trained on (%s): to leave them "
         "out, encode into a new folder, or set data.where, e.g. to %s",
-        latents, len(names), clips, ", ".join(names[:3]), more, where,
+        latents, len(names), clips, first_few(names, 3), where,
     )  # fmt: skip
 
 
@@ -67,10 +67,10 @@ def rows_of_clips(cached: LatentsDataset, clips: Rows) -> np.ndarray:
     now = now.append_column("fingerprint", pa.array(fingerprints(clips.parts), pa.string())).take(rows)
     differs = pc.not_equal(then["fingerprint"], now["fingerprint"])
     if found := list(zip(then.filter(differs).to_pylist(), now.filter(differs).to_pylist())):
-        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        differences = first_few([_difference(*pair) for pair in found], 3, separator="; ")
         raise LatentsError(
             f"data.on_the_fly: {len(found)} clips of data.clips={clips.root} are not those that {cached.root} was made "
-            f"of ({'; '.join(_difference(*pair) for pair in found[:3])}{more}): run wan_accel.cache with this recipe, "
+            f"of ({differences}): run wan_accel.cache with this recipe, "
             "which encodes them again, or give the dataset that was cached"
         )
     return rows.to_numpy()

@@ -8,10 +8,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from wan_accel.listing import first_few
 from wan_accel.models.errors import CheckpointError
 from wan_accel.models.layouts import Source, original_sources
-
-_SHOWN = 20
 
 
 class CheckpointReader:
@@ -159,8 +158,7 @@ def tensor_problems(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, t
 
 def listed(problems: Sequence[str]) -> str:
     """Lines for a message, the first twenty of many."""
-    more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    return "\n  ".join(problems[:_SHOWN]) + more
+    return first_few(problems, 20, separator="\n  ")
 
 
 def is_constant(name: str) -> bool:
