@@ -67,6 +67,13 @@ def run_ranks(
 
     `function` is a top-level function of a test module. A rank's exception is raised here with its traceback.
     """
+    return results(start_ranks(function, world_size, *args, engine=engine), timeout_seconds)
+
+
+def start_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, engine: str = "ddp"
+) -> list[tuple[Any, Connection]]:
+    """The processes of `run_ranks`, to be signalled or killed, and what `results` reads."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     port = free_port()
@@ -90,6 +97,11 @@ def run_ranks(
         process.start()
         sender.close()  # so that a rank's death shows as the end of the pipe
         workers.append((process, receiver))
+    return workers
+
+
+def results(workers: list[tuple[Any, Connection]], timeout_seconds: float = 300) -> list[Any]:
+    """Wait for the ranks of `start_ranks`; a rank that was killed raises EOFError."""
     return [_result(process, receiver, timeout_seconds) for process, receiver in workers]
 
 

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from wan_accel import checkpoint
 from wan_accel.arguments import WanTrainingArguments
+from wan_accel.checkpoint_writer import CheckpointWriter
 from wan_accel.draws import SampleDraw
 from wan_accel.models.pair import ExpertPair
 from wan_accel.models.variants import VARIANTS
@@ -141,7 +142,7 @@ def test_skipped_steps_are_counted_over_a_resume(base: str, tmp_path: Path) -> N
 def guard(tmp_path: Path) -> FiniteGuard:
     source = BadSource("t2v-1.3b", float("nan"))
     args = WanTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    return FiniteGuard(args, plan_for(source), source, ParallelDims(world_size=1))
+    return FiniteGuard(args, plan_for(source), source, ParallelDims(world_size=1), CheckpointWriter())
 
 
 class Later:

@@ -35,6 +35,7 @@ def train(
     class Kill(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == kill_after:
+                trainer.writer.wait()  # which save is complete must not depend on the time that writing takes
                 os._exit(9)
 
     enable_fsdp_on_cpu()
@@ -158,7 +159,7 @@ def test_retention_keeps_the_newest(tmp_path: Path) -> None:
         ulysses=1, trained={},
     )  # fmt: skip
     for step in (2, 4, 10):
-        checkpoint.commit(checkpoint.start(tmp_path, step, is_main=True), manifest, keep=1, is_main=True)
+        checkpoint.commit(checkpoint.start(tmp_path, step), manifest, keep=1)
     assert [path.name for path in checkpoint.complete_checkpoints(tmp_path)] == ["checkpoint-10"]
     # A later version that needs nothing of its readers may add fields.
     path = tmp_path / "checkpoint-10" / checkpoint.MANIFEST

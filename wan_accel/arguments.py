@@ -27,6 +27,7 @@ class WanTrainingArguments(TrainingArguments):
     eval_sigmas: noise levels at which each validation sample is evaluated.
     ema_decay, ema_update_every, ema_device: the moving average (`wan_accel.ema`); decay 0 means none.
     eval_ema: validate the moving average instead of the weights.
+    async_save: write checkpoints beside training, from a copy in host memory (`wan_accel.checkpoint_writer`).
     on_nan: `stop` or `skip` a step whose loss or gradient is not finite (`wan_accel.nonfinite`).
     """
 
@@ -61,3 +62,4 @@ class WanTrainingArguments(TrainingArguments):
     ema_device: EmaDevice = "accelerator"
     eval_ema: bool = False
     on_nan: OnNan = "stop"
+    async_save: bool = True

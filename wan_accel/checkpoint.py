@@ -10,35 +10,29 @@ checkpoint-<step>/
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch import Tensor
 
 from wan_accel.disk import free_bytes
 from wan_accel.ema import ema_tensors
+from wan_accel.file_sums import FileSum, wrong_sizes
+from wan_accel.listing import first_few
 from wan_accel.models.variants import BOTH
+from wan_accel.parallel.agreement import from_main_rank
 from wan_accel.parallel.engine import Engine
 from wan_accel.stored_tensors import ReadTensor, dcp_tensors, zero_tensors
 
+logger = logging.getLogger("wan_accel")
 FORMAT = "wan-accel/checkpoint@1"
 MANIFEST = "manifest.json"
-# Frozen base weights of a LoRA run are in the released checkpoint already.
-_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 # fp32 weights and AdamW's two moments; the rest of a checkpoint is small.
@@ -55,7 +49,8 @@ class Manifest:
     """What a checkpoint holds. `trained` maps names of trained tensors to shapes.
 
     data: digest of the rows that it was trained on. settings: what else decides the samples, the loss and their order.
-    Both are None in checkpoints of versions before they were recorded.
+    files: path inside the folder -> bytes and xxh3_128 of its content, of all files but the manifest.
+    All three are None in checkpoints of versions before they were recorded.
     """
 
     engine: Engine
@@ -70,7 +65,24 @@ class Manifest:
     trained: dict[str, list[int]]
     data: dict[str, Any] | None = None
     settings: dict[str, Any] | None = None
+    files: dict[str, tuple[int, str]] | None = None
     format: str = FORMAT
+
+
+def read_sums(folder: Path) -> dict[str, FileSum]:
+    """Sizes and checksums of a checkpoint's files by their relative paths.
+
+    Raises:
+        ValueError: see `read_manifest`, or it was written before checksums were recorded.
+    """
+    manifest = read_manifest(folder)
+    if manifest.files is None:
+        raise ValueError(f"{folder} was written by a version that kept no checksums: it can be loaded, not verified")
+    return _sums(asdict(manifest))
+
+
+def _sums(fields: Mapping[str, Any]) -> dict[str, FileSum]:
+    return {name: FileSum(size, digest) for name, (size, digest) in (fields.get("files") or {}).items()}
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -82,7 +94,10 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{folder} is not a complete checkpoint (no {MANIFEST}): choose another one of the same run")
-    fields = json.loads(path.read_text())
+    try:
+        fields = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}): choose another checkpoint of the same run") from error
     if fields.get("format") != FORMAT:
         raise ValueError(f"{folder} has format {fields.get('format')!r}, this version reads {FORMAT!r}")
     known = {field.name for field in dataclasses.fields(Manifest)}  # a later version may add what we can do without
@@ -101,9 +116,24 @@ def other_data(folder: Path, saved: Manifest, current: Manifest) -> str | None:
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if (path / MANIFEST).is_file()]
-    return sorted((p for p in found if p.name.split("-")[-1].isdigit()), key=lambda p: int(p.name.split("-")[-1]))
+    """Complete checkpoints of a run, oldest first: every file that the manifest names is there, with its size.
+
+    A save that was torn has no manifest; what a disk lost later shows in the sizes (and is logged), or is found by
+    `wan-accel checkpoint verify`, which reads everything.
+    """
+    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    found = [path for path in numbered if (path / MANIFEST).is_file() and not _is_damaged(path)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _is_damaged(folder: Path) -> bool:
+    try:
+        problems = wrong_sizes(folder, _sums(json.loads((folder / MANIFEST).read_text())))
+    except json.JSONDecodeError as error:
+        problems = [f"{MANIFEST} is no JSON ({error})"]
+    if problems:
+        logger.warning("%s is damaged and left out: %s", folder, first_few(problems, 3, separator="; "))
+    return bool(problems)
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
@@ -124,11 +154,6 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def check_space(output_dir: Path, trained: dict[str, list[int]], *, has_ema: bool = False) -> None:
     """Check that the disk holds a checkpoint of these tensors, before anything is written.
 
@@ -145,73 +170,58 @@ def check_space(output_dir: Path, trained: dict[str, list[int]], *, has_ema: boo
         )
 
 
-def start(output_dir: Path, step: int, *, is_main: bool) -> Path:
-    """Create the empty folder that a checkpoint is written to before it is renamed. Collective."""
+def start(output_dir: Path, step: int) -> Path:
+    """Create the empty folder that a checkpoint is written to before it is renamed. Collective.
+
+    Raises:
+        OSError: on all ranks, it cannot be created.
+    """
     folder = output_dir / f"checkpoint-{step}.tmp"
-    if is_main:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    barrier()
+    return from_main_rank(lambda: _make_empty(folder))
+
+
+def _make_empty(folder: Path) -> Path:
+    if folder.exists():  # of a save that was torn
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
     return folder
 
 
-def commit(folder: Path, manifest: Manifest, *, keep: int | None, is_main: bool) -> Path:
-    """Rename a written checkpoint into place, then delete the oldest beyond `keep`. Collective.
+def commit(folder: Path, manifest: Manifest, *, keep: int | None) -> Path:
+    """Rename a written checkpoint into place, then delete the oldest beyond `keep`. One rank, after all have written.
 
-    The newest complete checkpoint is never deleted, whatever `keep` says.
+    The newest complete checkpoint is never deleted, whatever `keep` says. What torn saves have left is.
     """
-    barrier()  # every rank has written its part
     final = folder.with_name(folder.name.removesuffix(".tmp"))
-    if is_main:
-        (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
-        _sync_folder(folder)
-        if final.exists():
-            shutil.rmtree(final)  # the same step saved again, e.g. after a resume
-        folder.rename(final)
-        for old in complete_checkpoints(final.parent)[: -max(keep, 1)] if keep else []:
-            shutil.rmtree(old)
-    barrier()
+    with (folder / MANIFEST).open("w") as file:
+        json.dump(asdict(manifest), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        _sync(place)
+    if final.exists():  # the same step saved again, e.g. after a resume
+        _set_aside(final)
+    folder.rename(final)
+    _sync(final.parent)
+    for old in complete_checkpoints(final.parent)[: -max(keep, 1)] if keep else []:
+        _set_aside(old)
+    for torn in final.parent.glob("checkpoint-*.tmp"):
+        shutil.rmtree(torn)
     return final
 
 
-def _sync_folder(folder: Path) -> None:
-    """Flush every file to disk, so that the rename does not outlive its content."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+def _set_aside(folder: Path) -> None:
+    """Let a checkpoint count as torn before its files are deleted one by one, which may be cut short."""
+    folder.rename(folder.with_name(f"{folder.name}.old.tmp"))
 
 
-def save_weights(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write trained weights and optimizer state of a plain, DDP or FSDP2 model. Collective."""
-    dcp.save(_state(model, optimizer), checkpoint_id=str(folder / "model"), no_dist=not dist.is_initialized())
-
-
-def load_weights(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load what `save_weights` wrote, on any number of ranks. Collective."""
-    path = str(folder / "model")
-    state = _only_stored(_state(model, optimizer), path)
-    dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-    set_model_state_dict(model, state["model"], options=_OPTIONS)
-    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_OPTIONS)
-
-
-def _only_stored(state: dict[str, Any], path: str) -> dict[str, Any]:
-    """Leave out optimizer state that was not saved: an expert which no step had used yet has none."""
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    prefix = "optimizer.state."
-    names = sorted(name for name in state["optimizer"]["state"])
-    kept = [name for name in names if any(key.startswith(f"{prefix}{name}.") for key in stored)]
-    moments = {name: state["optimizer"]["state"][name] for name in kept}
-    return {**state, "optimizer": {**state["optimizer"], "state": moments}}
-
-
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {
-        "model": get_model_state_dict(model, options=_OPTIONS),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=_OPTIONS),
-    }
+def _sync(folder: Path) -> None:
+    """Flush a folder's own list of names to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def zero_folder(folder: Path, expert: str) -> Path:

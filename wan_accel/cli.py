@@ -1,4 +1,4 @@
-"""The `wan-accel` command: recipes, check, doctor, download, init-tiny, export, push."""
+"""The `wan-accel` command: recipes, check, doctor, download, init-tiny, checkpoint, export, push."""
 
 import argparse
 import logging
@@ -78,6 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     tiny.add_argument("--seed", type=int, default=0)
     tiny.set_defaults(run=_init_tiny)
 
+    saved = commands.add_parser("checkpoint", help="look after a run's checkpoints")
+    verifying = saved.add_subparsers(required=True, metavar="ACTION").add_parser(
+        "verify", help="read every file and compare it with what was written"
+    )
+    verifying.add_argument("path", type=Path, help="a run's output_dir, or one of its checkpoints")
+    verifying.add_argument("--json", action="store_true", help="a line of JSON a checkpoint")
+    verifying.set_defaults(run=_verify)
+
     export = commands.add_parser("export", help="export a checkpoint of a run")
     export.add_argument("path", type=Path, help="a run's output_dir, or one of its checkpoints")
     export.add_argument("--layout", help="diffsynth, comfyui, diffusers or peft (LoRA); original (full weights)")
@@ -152,6 +160,12 @@ def _init_tiny(arguments: argparse.Namespace) -> int:
     init_tiny(arguments.variant, arguments.output, seed=arguments.seed)
     print(f"{arguments.output}: a tiny {arguments.variant} checkpoint")
     return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from wan_accel import checkpoint_verify
+
+    return checkpoint_verify.run(arguments.path, as_json=arguments.json)
 
 
 def _export(arguments: argparse.Namespace) -> int:

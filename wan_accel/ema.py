@@ -156,15 +156,18 @@ class Ema:
             weight.copy_(average)
             average.copy_(kept)
 
-    def save(self, folder: Path, *, is_main: bool) -> None:
-        """Write `folder`/ema. Collective."""
-        dcp.save({"ema": self.shadow}, checkpoint_id=str(folder / FOLDER), no_dist=not dist.is_initialized())
-        if is_main:
-            state = {"decay": self.settings.decay, "update_every": self.settings.update_every, "steps": self.steps}
-            (folder / FOLDER / _STATE).write_text(json.dumps(state))
+    def state(self) -> dict[str, Any]:
+        """The averages for torch.distributed.checkpoint, to be written to a checkpoint's folder `ema`; no copies."""
+        return {"ema": self.shadow}
+
+    def write_counts(self, folder: Path) -> None:
+        """Write a checkpoint's ema/ema.json."""
+        counts = {"decay": self.settings.decay, "update_every": self.settings.update_every, "steps": self.steps}
+        (folder / FOLDER).mkdir()
+        (folder / FOLDER / _STATE).write_text(json.dumps(counts))
 
     def load(self, folder: Path) -> None:
-        """Load what `save` wrote, on any number of ranks (the same number under ZeRO-3). Collective.
+        """Load what was written, on any number of ranks (the same number under ZeRO-3). Collective.
 
         Raises:
             ValueError: the checkpoint has no average.

@@ -25,6 +25,7 @@ class Interval:
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.data_seconds = 0.0
+        self.save_seconds = 0.0
         self.loss_sums: dict[str, Tensor] = {}
         self.num_samples: Counter[str] = Counter()
         self.num_steps: Counter[str] = Counter()

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from wan_accel import checkpoint
+from wan_accel.checkpoint_writer import CheckpointWriter
 from wan_accel.data.collate import MicroBatch, SampleSource
 from wan_accel.draws import SampleDraw
 from wan_accel.parallel.mesh import ParallelDims
@@ -63,11 +64,18 @@ class FiniteGuard:
         plan: names the samples of a step.
         source: names its rows by their clip ids, where it has them.
         dims: which samples are this rank's.
+        writer: of the run's checkpoints, whose newest one an error names.
     """
 
     def __init__(
-        self, args: "WanTrainingArguments", plan: StepPlan, source: SampleSource, dims: ParallelDims
+        self,
+        args: "WanTrainingArguments",
+        plan: StepPlan,
+        source: SampleSource,
+        dims: ParallelDims,
+        writer: CheckpointWriter,
     ) -> None:
+        self.writer = writer
         self.on_nan = args.on_nan
         self.output_dir = Path(str(args.output_dir))
         self.rank = args.process_index
@@ -155,6 +163,7 @@ class FiniteGuard:
         """Save this rank's batch and say what happened, the same on all ranks. Collective."""
         clips = _gather(self._bad_clips(watched))
         self._save_batch(watched)  # after the collective: a full disk on one rank must not leave the others waiting
+        self.writer.settle()  # a step before this one may be being written
         newest = checkpoint.last_checkpoint(self.output_dir)
         go_on = f"the newest complete checkpoint is {newest}" if newest else "there is no checkpoint yet"
         return NonFiniteError(

@@ -1,25 +1,31 @@
 """A trainer's checkpoints: what is saved of it, and how it goes on from one (files: `wan_accel.checkpoint`)."""
 
 import logging
+import os
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import TrainerState
 from transformers.training_args import OptimizerNames
 
-from wan_accel import checkpoint
+from wan_accel import checkpoint, ema
 from wan_accel.checkpoint import Manifest
+from wan_accel.checkpoint_writer import Job, host_bytes
 from wan_accel.optimizer_settings import put_settings, resume_schedule, settings_of
+from wan_accel.training_state import load_weights, training_state
 
 if TYPE_CHECKING:
     from wan_accel.trainer import WanTrainer
 
 logger = logging.getLogger("wan_accel")
+_HOST_SHARE = 0.8  # of free host memory may be used for a checkpoint's copies
 _SKIPPED = "skipped_steps"  # in trainer_state.json, beside the state of callbacks
 # Arguments that decide, beside the data, which samples a step has and what its loss is.
 _RUN_SETTINGS = (
@@ -29,26 +35,56 @@ _RUN_SETTINGS = (
 
 
 def save_checkpoint(trainer: "WanTrainer", model: nn.Module) -> None:
-    """Write a complete checkpoint beside the others, then rename it into place. Collective."""
-    step, is_main = trainer.state.global_step, trainer.args.should_save
-    folder = checkpoint.start(trainer.output_dir, step, is_main=is_main)
+    """Start to write a checkpoint beside the others (`wan_accel.checkpoint_writer`); the last is complete. Collective.
+
+    DeepSpeed writes its own before this returns.
+    """
+    started, step = time.perf_counter(), trainer.state.global_step
+    is_sharded = trainer.engine in ("fsdp2", "zero3")
+    folder = checkpoint.start(trainer.output_dir, step)
+    parts = {} if trainer.ema is None else {ema.FOLDER: trainer.ema.state()}
     if trainer.engine == "zero3":
         for expert, engine in _engines(trainer).items():
             engine.save_checkpoint(str(checkpoint.zero_folder(folder, expert)), exclude_frozen_parameters=True)
     else:
-        checkpoint.save_weights(folder, model, _plain_optimizer(trainer))
-    if trainer.ema is not None:
-        trainer.ema.save(folder, is_main=is_main)
+        parts["model"] = training_state(model, _plain_optimizer(trainer))
     trainer._save_rng_state(str(folder))
-    if is_main:
-        assert trainer.lr_scheduler is not None
-        torch.save(trainer.lr_scheduler.state_dict(), folder / "scheduler.pt")
-        callbacks: Any = trainer.state.stateful_callbacks  # a dictionary once the state is made
-        callbacks[_SKIPPED] = trainer.guard.num_skipped
-        trainer.state.save_to_json(str(folder / "trainer_state.json"))
-        if (recipe := trainer.output_dir / "recipe.yaml").is_file():  # so that a checkpoint is whole by itself
-            shutil.copyfile(recipe, folder / recipe.name)
-    checkpoint.commit(folder, manifest_of(trainer, step), keep=trainer.args.save_total_limit, is_main=is_main)
+    if trainer.args.should_save:
+        _write_small_files(trainer, folder)
+    manifest, keep = manifest_of(trainer, step), trainer.args.save_total_limit
+    job = Job(folder=folder, manifest=manifest, parts=parts, keep=keep, sharded=is_sharded)
+    trainer.writer.write(job, beside=trainer.engine != "zero3" and _can_stage(trainer, job))
+    seconds = time.perf_counter() - started
+    trainer._logged.save_seconds += seconds
+    _say(trainer, f"checkpoint-{step}: training waited {seconds:.2f} s for it", level=logging.INFO)
+
+
+def _write_small_files(trainer: "WanTrainer", folder: Path) -> None:
+    assert trainer.lr_scheduler is not None
+    torch.save(trainer.lr_scheduler.state_dict(), folder / "scheduler.pt")
+    callbacks: Any = trainer.state.stateful_callbacks  # a dictionary once the state is made
+    callbacks[_SKIPPED] = trainer.guard.num_skipped
+    trainer.state.save_to_json(str(folder / "trainer_state.json"))
+    if trainer.ema is not None:
+        trainer.ema.write_counts(folder)
+    if (recipe := trainer.output_dir / "recipe.yaml").is_file():  # so that a checkpoint is whole by itself
+        shutil.copyfile(recipe, folder / recipe.name)
+
+
+def _can_stage(trainer: "WanTrainer", job: Job) -> bool:
+    """Whether to copy a checkpoint to host memory, so that training goes on while it is written."""
+    if not trainer.args.async_save:
+        return False
+    needed = host_bytes(dict(job.parts)) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = psutil.virtual_memory().available
+    if needed > _HOST_SHARE * free:
+        logger.warning(
+            "%s is written while training waits: its copies need %.1f GiB of host memory on this machine, of which "
+            "%.1f GiB are free. More machines divide it; training.async_save: false says so from the start",
+            job.folder.name, needed / 2**30, free / 2**30,
+        )  # fmt: skip
+        return False
+    return True
 
 
 def manifest_of(trainer: "WanTrainer", step: int) -> Manifest:
@@ -117,13 +153,13 @@ def resume(trainer: "WanTrainer", folder: Path, model: nn.Module) -> None:
     saved, current = checkpoint.read_manifest(folder), manifest_of(trainer, 0)
     check_same_run(folder, saved, current)
     if problem := checkpoint.other_data(folder, saved, current):
-        _warn(trainer, problem)
+        _say(trainer, problem)
     assert trainer.optimizer is not None and trainer.lr_scheduler is not None
     settings = settings_of(trainer.optimizer)
     if trainer.engine == "zero3":
         _load_engines(trainer, folder)
     else:
-        checkpoint.load_weights(folder, model, _plain_optimizer(trainer))
+        load_weights(folder, model, _plain_optimizer(trainer))
     if trainer.ema is not None:
         trainer.ema.load(folder)
     callbacks: Any = TrainerState.load_from_json(str(folder / "trainer_state.json")).stateful_callbacks
@@ -132,7 +168,7 @@ def resume(trainer: "WanTrainer", folder: Path, model: nn.Module) -> None:
     schedule = torch.load(folder / "scheduler.pt", weights_only=True)
     changes += resume_schedule(trainer.lr_scheduler, schedule, trainer.optimizer)
     if changes:
-        _warn(trainer, f"resumed from {folder.name} with other settings of the recipe: {'; '.join(changes)}")
+        _say(trainer, f"resumed from {folder.name} with other settings of the recipe: {'; '.join(changes)}")
 
 
 def check_same_run(folder: Path, saved: Manifest, current: Manifest) -> None:
@@ -176,6 +212,6 @@ def _load_engines(trainer: "WanTrainer", folder: Path) -> None:
             raise ValueError(f"{place} is damaged or not complete: resume from another checkpoint of the run")
 
 
-def _warn(trainer: "WanTrainer", message: str) -> None:
+def _say(trainer: "WanTrainer", message: str, level: int = logging.WARNING) -> None:
     """Once for all ranks; the others keep it in their files."""
-    logger.log(logging.WARNING if trainer.is_world_process_zero() else logging.INFO, message)
+    logger.log(level if trainer.is_world_process_zero() else logging.INFO, message)

@@ -16,6 +16,7 @@ from transformers import set_seed
 from wan_accel import checkpoint
 from wan_accel.arguments import WanTrainingArguments
 from wan_accel.assemble import Techniques, assemble_experts, launched_engine, launched_replicas
+from wan_accel.checkpoint_writer import SaveError
 from wan_accel.data.collate import SampleError
 from wan_accel.data.latents import LatentsDataset
 from wan_accel.data.mixture import MixedLatents
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return run(trainer, resume)
-    except (checkpoint.NoSpaceError, NonFiniteError, SampleError) as error:
+    except (checkpoint.NoSpaceError, SaveError, NonFiniteError, SampleError) as error:
         sys.stderr.write(f"\nerror: {error}\n")  # the progress bar is on the line above
         return 2
     except Exception:
@@ -272,6 +273,7 @@ def run(trainer: WanTrainer, resume: str | None) -> int:
             announce_failure(reason)
         if args.should_save or is_alone:
             write_run_state(output, "failed", trainer.state.global_step, announced_failure() or reason)
+        trainer.writer.settle()
         raise
     if args.should_save:
         write_run_state(output, "finished", trainer.state.global_step)

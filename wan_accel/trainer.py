@@ -30,6 +30,7 @@ from transformers.training_args import OptimizerNames
 
 from wan_accel import checkpoint
 from wan_accel.arguments import WanTrainingArguments
+from wan_accel.checkpoint_writer import CheckpointWriter
 from wan_accel.data.collate import MicroBatch, SampleSource
 from wan_accel.data.digest import RowsDigest
 from wan_accel.default_plan import default_plan
@@ -137,7 +138,8 @@ class WanTrainer(Trainer):
         if self.engine == "zero3" and args.ema_decay:
             refuse_offload(self.accelerator.state.deepspeed_plugin.deepspeed_config)
         self.ema: Ema | None = None
-        self.guard = FiniteGuard(args, plan, train_dataset, self.dims)
+        self.writer = CheckpointWriter()
+        self.guard = FiniteGuard(args, plan, train_dataset, self.dims, self.writer)
         self._step: StepRecord | None = None
         first = next(iter(experts_of(model, expert).values()))
         self.throughput = Throughput(first, lora, ulysses=args.ulysses, device=self.accelerator.device)
@@ -307,17 +309,20 @@ class WanTrainer(Trainer):
     # ---- checkpoints ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Write a complete checkpoint beside the others, then rename it into place. Collective."""
+        """Start to write a checkpoint, once the one before is complete. Collective."""
         self.guard.flush()
+        self.writer.wait()
         self.check_space()
         save_checkpoint(self, model)
 
     def save_last(self) -> None:
         """Save the step that the run stands at, unless its newest checkpoint is of it. Collective."""
+        self.writer.wait()
         # One rank looks: a shared disk may show the others an older listing.
         newest = from_main_rank(lambda: checkpoint.last_checkpoint(self.output_dir))
         if newest != self.output_dir / f"checkpoint-{self.state.global_step}":
             self._save_checkpoint(self.model_wrapped)
+            self.writer.wait()
 
     def check_space(self) -> None:
         """Raise NoSpaceError on all ranks unless the disk holds another checkpoint. Collective; one rank looks."""
@@ -405,6 +410,8 @@ class WanTrainer(Trainer):
             logs |= self._logged.by_expert() if len(self.lanes) > 1 else {}
             logs |= self.throughput.take(seconds)
             logs["data_wait"] = round(self._logged.data_seconds / seconds, 4)
+            if self._logged.save_seconds:
+                logs["save_wait"] = round(self._logged.save_seconds / seconds, 4)
             logs["peak_gib"] = round(peak_gib(self.accelerator.device), 3)
             self._logged = Interval()
         # Trainer sees one endless epoch, as the step sampler has no length.

@@ -38,6 +38,7 @@ PASSED = frozenset(
         "save_strategy",
         "save_steps",
         "save_total_limit",
+        "async_save",
         "seed",
         "run_name",
         "disable_tqdm",
