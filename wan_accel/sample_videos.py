@@ -106,7 +106,8 @@ class SampleCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.save_last()  # the trackers close here too, so videos cannot wait for whoever ran the trainer
-        self.draw(state.global_step)
+        if not self.trainer.preemption.stopped:
+            self.draw(state.global_step)
 
     def draw(self, step: int) -> None:
         """Draw and write `step-N`, unless a run that was resumed has it already. Collective."""

@@ -34,6 +34,7 @@ from wan_accel.nonfinite import NonFiniteError
 from wan_accel.parallel.agreement import announce_failure, announced_failure, from_main_rank
 from wan_accel.parallel.cpu import enable_fsdp_on_cpu
 from wan_accel.parallel.mesh import ParallelDims
+from wan_accel.preemption import die_with_parent
 from wan_accel.recipe.arguments import training_arguments
 from wan_accel.recipe.check import check
 from wan_accel.recipe.commandline import parse_overrides, recipe_parser
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
     arguments = parse_overrides(parser, argv)
     start_logging()
+    die_with_parent()
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         if arguments.print_config:
@@ -263,6 +265,8 @@ def run(trainer: WanTrainer, resume: str | None) -> int:
     try:
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_last()  # before anything that may fail
+        if trainer.preemption.stopped:
+            return _leave(trainer, "preempted")
         evaluated = {line["step"] for line in trainer.state.log_history if "eval_loss" in line}
         if trainer.eval_draws and trainer.state.global_step not in evaluated:
             trainer.evaluate()
@@ -275,8 +279,12 @@ def run(trainer: WanTrainer, resume: str | None) -> int:
             write_run_state(output, "failed", trainer.state.global_step, announced_failure() or reason)
         trainer.writer.settle()
         raise
-    if args.should_save:
-        write_run_state(output, "finished", trainer.state.global_step)
+    return _leave(trainer, "finished")
+
+
+def _leave(trainer: WanTrainer, state: str) -> int:
+    if trainer.args.should_save:
+        write_run_state(trainer.output_dir, state, trainer.state.global_step)
     return 0
 
 

@@ -51,6 +51,7 @@ from wan_accel.parallel.agreement import from_main_rank
 from wan_accel.parallel.engine import detect_engine
 from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.parallel.zero import backward_zero, refuse_offload
+from wan_accel.preemption import Preemption
 from wan_accel.preparation import apply_parallelism, dp_replicate, prepare_pair, prepare_sharded
 from wan_accel.run_checkpoints import resume, save_checkpoint, trained_shapes
 from wan_accel.step_loader import check_items, step_loader
@@ -105,12 +106,13 @@ class WanTrainer(Trainer):
         args.ignore_data_skip = True
         if args.max_steps <= 0:
             args.max_steps = plan.num_steps(args.num_train_epochs)
+        self.preemption = Preemption(self)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=list(eval_draws) or None,
-            callbacks=[IntervalsCallback(), MetricsCallback(), EmaCallback(self), *callbacks],
+            callbacks=[IntervalsCallback(), MetricsCallback(), EmaCallback(self), *callbacks, self.preemption],
         )
         self.model_accepts_loss_kwargs = False
         self.source = train_dataset

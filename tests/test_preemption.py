@@ -1,0 +1,136 @@
+"""A run that is told to stop saves the step it is at, on all ranks, leaves, and goes on from there."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from checkpoints import write_checkpoint
+from ranks import results, run_ranks, start_ranks
+from tiny_clips import clip_row, write_clips
+
+from wan_accel import cache, checkpoint
+from wan_accel.tiny import init_tiny
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "accelerate"
+RECIPE = """
+variant: t2v-1.3b
+model: {{checkpoint: {root}/model}}
+method: {{kind: lora, r: 4, lora_alpha: 8}}
+data: {{clips: {root}/clips, latents: {root}/latents, global_batch: {{samples: 4}}, eval: {{fraction: 0}}}}
+memory: {{activation_checkpointing: none}}
+validation: {{every_steps: 0}}
+training: {{output_dir: {root}/run, max_steps: 100000, logging_steps: 1, save_steps: 100000, dataloader_num_workers: 0}}
+"""
+
+
+def train(base: str, output_dir: str, engine: str, num_steps: int) -> tuple[int, dict[str, torch.Tensor]]:
+    """Run a trainer as `wan_accel.train` does; returns its exit code and the weights at the end."""
+    from small_run import full_weights, small_trainer
+
+    from wan_accel.train import run
+
+    trainer = small_trainer(base, output_dir, engine, max_steps=num_steps, save_steps=num_steps)
+    newest = checkpoint.last_checkpoint(Path(output_dir))
+    return run(trainer, str(newest) if newest else None), full_weights(trainer)
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    """Until a run has logged a step."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        file = run / "metrics.jsonl"
+        if file.is_file() and any(json.loads(line)["step"] >= step for line in file.read_text().splitlines()):
+            return
+        time.sleep(0.02)
+    raise TimeoutError(f"{run} did not reach step {step}")
+
+
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+def test_one_rank_is_told_and_all_save(engine: str, told: signal.Signals, tmp_path: Path) -> None:
+    base, run = write_checkpoint(tmp_path / "base", "t2v-1.3b"), tmp_path / "run"
+    workers = start_ranks(train, 2, str(base), str(run), engine, 100_000, engine=engine)
+    wait_for_step(run, 2)
+    os.kill(workers[1][0].pid, told)
+    assert [code for code, _ in results(workers)] == [0, 0]
+    state = json.loads((run / "run_state.json").read_text())
+    assert state["state"] == "preempted" and 2 <= state["step"] < 100_000
+    assert checkpoint.last_checkpoint(run) == run / f"checkpoint-{state['step']}"
+    end = state["step"] + 2
+    resumed = run_ranks(train, 2, str(base), str(run), engine, end, engine=engine)[0][1]
+    whole = run_ranks(train, 2, str(base), str(tmp_path / "whole"), engine, end, engine=engine)[0][1]
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert json.loads((run / "run_state.json").read_text()) == {"state": "finished", "step": end}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint, clips and their cached conditions."""
+    folder = tmp_path_factory.mktemp("job")
+    init_tiny("t2v-1.3b", folder / "model")
+    write_clips(folder / "clips", [clip_row(number) for number in range(4)])
+    (folder / "recipe.yaml").write_text(RECIPE.format(root=folder))
+    assert cache.main([str(folder / "recipe.yaml")]) == 0
+    return folder
+
+
+@pytest.fixture
+def launched(root: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen, list[psutil.Process], Path]]:
+    """A run on 2 FSDP2 ranks that `accelerate launch` started, as a job script would: SIGUSR1 does not end it."""
+    run = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
+        str(RECIPES / "cpu_fsdp2.yaml"), "--num_processes", "2", "-m", "wan_accel.train", str(root / "recipe.yaml"),
+        f"training.output_dir={run}",
+    ]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ignoring = ["bash", "-c", "trap '' USR1; exec \"$@\"", "bash", *command]
+    launcher = subprocess.Popen(ignoring, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    ranks: list[psutil.Process] = []
+    try:
+        wait_for_step(run, 2)
+        ranks = psutil.Process(launcher.pid).children(recursive=True)
+        yield launcher, ranks, run
+    finally:
+        launcher.kill()
+        launcher.wait()
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.kill()
+
+
+def ended(processes: list[psutil.Process], run: Path) -> dict[str, Any]:
+    """Wait for all processes of a run to be gone; returns what it says of itself."""
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert not alive, alive
+    return json.loads((run / "run_state.json").read_text())
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("told", "who", "code"),
+    [(signal.SIGTERM, "launcher", 1), (signal.SIGKILL, "launcher", -9), (signal.SIGUSR1, "all", 0)],
+)
+def test_a_launched_run_saves_and_leaves_nobody_behind(
+    told: signal.Signals, who: str, code: int, launched: tuple[subprocess.Popen, list[psutil.Process], Path]
+) -> None:
+    """accelerate's launcher passes SIGTERM on and ends with 1; ranks that a killed one leaves notice by themselves."""
+    launcher, ranks, run = launched
+    assert len(ranks) >= 2
+    launcher.send_signal(told)
+    for rank in ranks if who == "all" else []:  # as `scancel --signal` does
+        rank.send_signal(told)
+    state = ended(ranks, run)
+    assert launcher.wait(60) == code
+    assert state["state"] == "preempted"
+    assert checkpoint.last_checkpoint(run) == run / f"checkpoint-{state['step']}"
