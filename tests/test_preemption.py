@@ -84,17 +84,20 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def launch_command(root: Path, run: Path, *options: str) -> list[str]:
+    return [
+        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
+        str(RECIPES / "cpu_fsdp2.yaml"), "--num_processes", "2", *options, "-m", "wan_accel.train",
+        str(root / "recipe.yaml"), f"training.output_dir={run}",
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def launched(root: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen, list[psutil.Process], Path]]:
     """A run on 2 FSDP2 ranks that `accelerate launch` started, as a job script would: SIGUSR1 does not end it."""
     run = tmp_path / "run"
-    command = [
-        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
-        str(RECIPES / "cpu_fsdp2.yaml"), "--num_processes", "2", "-m", "wan_accel.train", str(root / "recipe.yaml"),
-        f"training.output_dir={run}",
-    ]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ignoring = ["bash", "-c", "trap '' USR1; exec \"$@\"", "bash", *command]
+    ignoring = ["bash", "-c", "trap '' USR1; exec \"$@\"", "bash", *launch_command(root, run)]
     launcher = subprocess.Popen(ignoring, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     ranks: list[psutil.Process] = []
     try:

@@ -12,6 +12,7 @@ from wan_accel.trainer import WanTrainer
 
 # Parameters of the library's methods, from transformers 5.17 to 5.23.
 SIGNATURES = {
+    "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     "get_train_dataloader": ["self"],
     "_prepare_for_training": ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
     "create_optimizer": ["self", "model"],

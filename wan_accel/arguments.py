@@ -28,6 +28,7 @@ class WanTrainingArguments(TrainingArguments):
     ema_decay, ema_update_every, ema_device: the moving average (`wan_accel.ema`); decay 0 means none.
     eval_ema: validate the moving average instead of the weights.
     async_save: write checkpoints beside training, from a copy in host memory (`wan_accel.checkpoint_writer`).
+    hang_seconds: how long a rank may stay at one place before the run is given up (`wan_accel.watchdog`); 0: for ever.
     on_nan: `stop` or `skip` a step whose loss or gradient is not finite (`wan_accel.nonfinite`).
     """
 
@@ -63,3 +64,4 @@ class WanTrainingArguments(TrainingArguments):
     eval_ema: bool = False
     on_nan: OnNan = "stop"
     async_save: bool = True
+    hang_seconds: float = 1200.0

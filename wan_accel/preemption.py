@@ -74,6 +74,7 @@ class Preemption(TrainerCallback):
         Raises:
             SaveError: on all ranks, the checkpoint that was being written failed.
         """
+        self.trainer.beat("asking all ranks whether to stop")
         is_asked, has_failed = self._any_rank(self.signal is not None, self.trainer.writer.failed)
         if self.signal is not None and not self.stopped:
             logger.warning("%s received: saving step %d and leaving", self.signal.name, state.global_step)

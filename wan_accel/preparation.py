@@ -6,10 +6,12 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from wan_accel.metrics import write_run_state
 from wan_accel.models.denoiser import WanDenoiser, inject_ulysses
 from wan_accel.models.pair import ExpertPair
 from wan_accel.parallel.fsdp import assert_sharded, fully_shard_denoiser
 from wan_accel.parallel.zero import JointOptimizer, prepare_engine
+from wan_accel.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from wan_accel.trainer import WanTrainer
@@ -34,6 +36,18 @@ def apply_parallelism(trainer: "WanTrainer", model: WanDenoiser) -> None:
             plugin = trainer.accelerator.state.fsdp_plugin
             fully_shard_denoiser(model, plugin, trainer.dims.shard_mesh(device_type))
         assert_sharded(model)
+
+
+def start_watchdog(trainer: "WanTrainer") -> Watchdog:
+    """The watchdog of a run, with its files in the output_dir. Collective."""
+    rank, output = trainer.args.process_index, trainer.output_dir
+    return Watchdog(
+        rank=rank,
+        world_size=trainer.args.world_size,
+        hang_seconds=trainer.args.hang_seconds,
+        stack_file=output / "logs" / f"rank-{rank}.stack",
+        on_end=lambda message: write_run_state(output, "failed", trainer.state.global_step, message),
+    )
 
 
 def prepare_sharded(trainer: "WanTrainer", max_steps: int) -> nn.Module:

@@ -260,32 +260,32 @@ def write_run_file(recipe: Recipe, args: WanTrainingArguments, keys: dict[str, s
 
 def run(trainer: WanTrainer, resume: str | None) -> int:
     """Train, save the end and evaluate it; write `run_state.json` whatever happens."""
-    args, output = trainer.args, trainer.output_dir
-    set_seed(args.seed)
+    set_seed(trainer.args.seed)
     try:
-        trainer.train(resume_from_checkpoint=resume)
-        trainer.save_last()  # before anything that may fail
-        if trainer.preemption.stopped:
-            return _leave(trainer, "preempted")
-        evaluated = {line["step"] for line in trainer.state.log_history if "eval_loss" in line}
-        if trainer.eval_draws and trainer.state.global_step not in evaluated:
-            trainer.evaluate()
+        with trainer.watched():
+            _train_to_the_end(trainer, resume)
     except BaseException as error:
         log_failure(error)
         reason = f"{type(error).__name__}: {error}"
         if is_alone := isinstance(error, SampleError):
             announce_failure(reason)
-        if args.should_save or is_alone:
-            write_run_state(output, "failed", trainer.state.global_step, announced_failure() or reason)
+        if trainer.args.should_save or is_alone:
+            write_run_state(trainer.output_dir, "failed", trainer.state.global_step, announced_failure() or reason)
         trainer.writer.settle()
         raise
-    return _leave(trainer, "finished")
-
-
-def _leave(trainer: WanTrainer, state: str) -> int:
     if trainer.args.should_save:
+        state = "preempted" if trainer.preemption.stopped else "finished"
         write_run_state(trainer.output_dir, state, trainer.state.global_step)
     return 0
+
+
+def _train_to_the_end(trainer: WanTrainer, resume: str | None) -> None:
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_last()  # before anything that may fail
+    evaluated = {line["step"] for line in trainer.state.log_history if "eval_loss" in line}
+    is_due = trainer.eval_draws and trainer.state.global_step not in evaluated
+    if is_due and not trainer.preemption.stopped:
+        trainer.evaluate()
 
 
 if __name__ == "__main__":

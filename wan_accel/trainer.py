@@ -4,6 +4,7 @@ Trainer methods that are overridden, checked against transformers 5.17 to 5.23 (
 
 | method | why |
 |---|---|
+| train | the watchdog |
 | get_train_dataloader | the step plan decides the samples; one item is an optimizer step of this data rank |
 | _prepare_for_training | FSDP2 models are sharded already; weights are loaded after preparation, for every engine |
 | create_optimizer | the experts of a pair have parameter groups of their own |
@@ -52,12 +53,13 @@ from wan_accel.parallel.engine import detect_engine
 from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.parallel.zero import backward_zero, refuse_offload
 from wan_accel.preemption import Preemption
-from wan_accel.preparation import apply_parallelism, dp_replicate, prepare_pair, prepare_sharded
+from wan_accel.preparation import apply_parallelism, dp_replicate, prepare_pair, prepare_sharded, start_watchdog
 from wan_accel.run_checkpoints import resume, save_checkpoint, trained_shapes
 from wan_accel.step_loader import check_items, step_loader
 from wan_accel.step_plan import StepPlan
 from wan_accel.throughput import Throughput
 from wan_accel.validation import as_metrics, fixed_losses
+from wan_accel.watchdog import Watchdog
 
 
 class WanTrainer(Trainer):
@@ -143,9 +145,36 @@ class WanTrainer(Trainer):
         self.writer = CheckpointWriter()
         self.guard = FiniteGuard(args, plan, train_dataset, self.dims, self.writer)
         self._step: StepRecord | None = None
+        self._watchdog: Watchdog | None = None
         first = next(iter(experts_of(model, expert).values()))
         self.throughput = Throughput(first, lora, ulysses=args.ulysses, device=self.accelerator.device)
         self._logged = Interval()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with self.watched():
+            return super().train(*args, **kwargs)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Watch over the ranks (`wan_accel.watchdog`); within another one, nothing more. Collective."""
+        if self._watchdog is not None or not self.args.hang_seconds:
+            yield
+            return
+        self._watchdog = start_watchdog(self)
+        error = None
+        try:
+            yield
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self._watchdog.stop(error)
+            self._watchdog = None
+
+    def beat(self, doing: str) -> None:
+        """Tell the watchdog where this rank is; called on all ranks alike."""
+        if self._watchdog is not None:
+            self._watchdog.beat(self.state.global_step, doing)
 
     def get_train_dataloader(self) -> DataLoader:
         """One item an optimizer step; it is not given to accelerate, which would shard it again."""
@@ -194,6 +223,7 @@ class WanTrainer(Trainer):
         total = torch.zeros((), device=self.accelerator.device)
         sums: dict[str, Tensor] = {}
         for index, (batch, expert) in enumerate(zip(micro_batches, self._step_experts)):
+            self.beat(f"forward and backward of micro-batch {index + 1} of {len(micro_batches)}")
             loss = self._micro_step(expert, batch, inputs["num_samples"], is_last=index == last[expert])
             total += loss
             sums[expert] = sums.get(expert, torch.zeros_like(loss)) + loss * inputs["num_samples"]
@@ -240,6 +270,7 @@ class WanTrainer(Trainer):
             sigma: (B,) fp32.
             batch: a micro-batch on the device, for its conditions.
         """
+        self.beat("drawing a video")
         return self.lanes[expert](noisy, 1000.0 * sigma, **conditions_of(batch, sigma, self.variant))
 
     def _on_device(self, batch: MicroBatch) -> MicroBatch:
@@ -249,6 +280,7 @@ class WanTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
         """Clip each expert that the step used by its own norm; returns the norm over all of them."""
+        self.beat("clipping gradients and stepping the optimizer")
         self._norms = {expert: self._clip_lane(self.lanes[expert]) for expert in sorted(set(self._step_experts))}
         return joint_norm(self._norms)
 
@@ -312,8 +344,10 @@ class WanTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Start to write a checkpoint, once the one before is complete. Collective."""
+        self.beat("waiting for the checkpoint before to be complete")
         self.guard.flush()
         self.writer.wait()
+        self.beat("saving a checkpoint")
         self.check_space()
         save_checkpoint(self, model)
 
@@ -397,6 +431,7 @@ class WanTrainer(Trainer):
     # ---- logging ----
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self.beat("waiting for data")
         started = time.perf_counter()
         items, num_items = super().get_batch_samples(*args, **kwargs)
         self._logged.data_seconds += time.perf_counter() - started

@@ -41,6 +41,7 @@ def fixed_losses(trainer: "WanTrainer", draws: Sequence[SampleDraw]) -> list[Bin
         for name in sorted(set(experts)):
             own = [draw for expert, draw in zip(experts, draws) if expert == name]
             for draw, counts in share(own, trainer.data_rank, trainer.dims.num_data_ranks):
+                trainer.beat("validation")
                 predicted, target, mask = trainer._predict(name, collate(trainer.source, [draw]))
                 losses = [per_sample_mse(guess, target, mask) for guess in (predicted, torch.zeros_like(predicted))]
                 if counts:

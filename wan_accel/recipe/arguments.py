@@ -39,6 +39,7 @@ PASSED = frozenset(
         "save_steps",
         "save_total_limit",
         "async_save",
+        "hang_seconds",
         "seed",
         "run_name",
         "disable_tqdm",
