@@ -137,3 +137,23 @@ def test_a_launched_run_saves_and_leaves_nobody_behind(
     assert launcher.wait(60) == code
     assert state["state"] == "preempted"
     assert checkpoint.last_checkpoint(run) == run / f"checkpoint-{state['step']}"
+
+
+@pytest.mark.launch
+def test_a_launcher_that_may_restart_goes_on_after_a_rank_was_killed(root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = launch_command(root, run, "--max_restarts", "1")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launcher = subprocess.Popen(
+        [*command, "training.max_steps=60", "training.save_steps=5"], env=env, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_for_step(run, 12)
+        psutil.Process(launcher.pid).children()[1].kill()
+        assert launcher.wait(240) == 0
+    finally:
+        launcher.kill()
+    assert json.loads((run / "run_state.json").read_text()) == {"state": "finished", "step": 60}
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    again = [later for before, later in zip(steps, steps[1:]) if later < before]
+    assert len(again) == 1 and again[0] % 5 == 1 and again[0] > 5  # from the newest checkpoint, not from the start

@@ -34,6 +34,7 @@ from wan_accel.nonfinite import NonFiniteError
 from wan_accel.parallel.agreement import announce_failure, announced_failure, from_main_rank
 from wan_accel.parallel.cpu import enable_fsdp_on_cpu
 from wan_accel.parallel.mesh import ParallelDims
+from wan_accel.parallel.restarts import meet_anew
 from wan_accel.preemption import die_with_parent
 from wan_accel.recipe.arguments import training_arguments
 from wan_accel.recipe.check import check
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_overrides(parser, argv)
     start_logging()
     die_with_parent()
+    meet_anew()
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         if arguments.print_config:
