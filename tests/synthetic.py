@@ -82,5 +82,5 @@ class SyntheticSource:
         return {**inputs, "text": torch.ones(len(inputs["text"]), 2, 24)}
 
 
-def plan_for(source: SyntheticSource, **options: Any) -> StepPlan:
-    return StepPlan(source.index(), seed=7, global_batch=GLOBAL_BATCH, levels=NoiseLevels(), **options)
+def plan_for(source: SyntheticSource, global_batch: int = GLOBAL_BATCH, **options: Any) -> StepPlan:
+    return StepPlan(source.index(), seed=7, global_batch=global_batch, levels=NoiseLevels(), **options)

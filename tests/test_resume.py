@@ -18,13 +18,13 @@ NUM_STEPS = 6
 
 def train(
     base: str, output_dir: str, engine: str, method: str, kill_after: int | None = None, resume: str | None = None,
-    ulysses: int = 1,
+    ulysses: int = 1, global_batch: int = GLOBAL_BATCH,
 ) -> dict[str, Any]:  # fmt: skip
     """Train from an assembled model with a checkpoint every 2 steps; `kill_after` ends every rank like SIGKILL."""
     from transformers import TrainerCallback
 
     from wan_accel.arguments import WanTrainingArguments
-    from wan_accel.assemble import Techniques, assemble, launched_engine
+    from wan_accel.assemble import Techniques, assemble, launched_engine, launched_replicas
     from wan_accel.lora import LoraSettings
     from wan_accel.models.loading import CheckpointReader
     from wan_accel.models.variants import VARIANTS
@@ -44,7 +44,7 @@ def train(
         output_dir=output_dir, max_steps=NUM_STEPS, learning_rate=1e-3, logging_steps=1, save_steps=2,
         save_strategy="steps",
         use_cpu=engine != "zero3", ddp_backend="gloo" if world_size > 1 else None, lr_scheduler_type="cosine",
-        warmup_steps=2, global_batch=GLOBAL_BATCH, ulysses=ulysses, disable_tqdm=True, save_total_limit=2,
+        warmup_steps=2, global_batch=global_batch, ulysses=ulysses, disable_tqdm=True, save_total_limit=2,
     )  # fmt: skip
     variant = VARIANTS["t2v-1.3b"]
     lora = LoraSettings(r=4, lora_alpha=8.0) if method == "lora" else None
@@ -52,12 +52,12 @@ def train(
     assert engine_found == engine
     model = assemble(
         variant, CheckpointReader(Path(base)), Techniques(lora=lora, seed=args.seed), engine=engine_found,
-        dims=ParallelDims(world_size=world_size, ulysses=ulysses), device=device,
+        dims=ParallelDims(world_size=world_size, ulysses=ulysses, dp_replicate=launched_replicas()), device=device,
     )  # fmt: skip
     model.text_length = 16
     source = SyntheticSource("t2v-1.3b")
     trainer = WanTrainer(
-        model, args, source, plan_for(source), variant=variant, lora=lora, base=base, callbacks=[Kill()]
+        model, args, source, plan_for(source, global_batch), variant=variant, lora=lora, base=base, callbacks=[Kill()]
     )
     trainer.train(resume_from_checkpoint=resume)
     return {line["step"]: line["loss"] for line in trainer.state.log_history if "loss" in line}
@@ -128,6 +128,23 @@ def test_resume_on_other_numbers_of_ranks(tmp_path: Path) -> None:
     assert last.keys() == {1, 2, 3, 4, 5, 6}
     for step, loss in expected.items():
         assert last[step] == pytest.approx(loss, rel=1e-5), step
+    assert_same_weights(whole / "checkpoint-6", run / "checkpoint-6", exact=False)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_resume_on_any_layout_keeps_samples_and_losses(method: str, tmp_path: Path) -> None:
+    """A global batch of 12: HSDP 2x2 on 4 ranks with Ulysses 2 -> FSDP2 on 2 -> FSDP2 on 3 ranks."""
+    base = str(write_checkpoint(tmp_path / "base", "t2v-1.3b"))
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    expected = run_ranks(
+        train, 1, base, str(whole), "single", method, None, None, 1, 12, engine="single"
+    )[0]
+    with pytest.raises(EOFError):
+        run_ranks(train, 4, base, str(run), "fsdp2", method, 3, None, 2, 12, engine="hsdp")
+    with pytest.raises(EOFError):
+        run_ranks(train, 2, base, str(run), "fsdp2", method, 5, str(run / "checkpoint-2"), 1, 12, engine="fsdp2")
+    last = run_ranks(train, 3, base, str(run), "fsdp2", method, None, str(run / "checkpoint-4"), 1, 12, engine="fsdp2")
+    assert last[0] == pytest.approx(expected, rel=1e-5)  # the lines of all three, by step
     assert_same_weights(whole / "checkpoint-6", run / "checkpoint-6", exact=False)
 
 
