@@ -1,11 +1,8 @@
 """A run that is told to stop saves the step it is at, on all ranks, leaves, and goes on from there."""
 
-import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,21 +13,9 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 from ranks import results, run_ranks, start_ranks
-from tiny_clips import clip_row, write_clips
+from small_job import launch_command, launch_env, log_lines, run_state, wait_for_step, write_job
 
-from wan_accel import cache, checkpoint
-from wan_accel.tiny import init_tiny
-
-RECIPES = Path(__file__).parents[1] / "recipes" / "accelerate"
-RECIPE = """
-variant: t2v-1.3b
-model: {{checkpoint: {root}/model}}
-method: {{kind: lora, r: 4, lora_alpha: 8}}
-data: {{clips: {root}/clips, latents: {root}/latents, global_batch: {{samples: 4}}, eval: {{fraction: 0}}}}
-memory: {{activation_checkpointing: none}}
-validation: {{every_steps: 0}}
-training: {{output_dir: {root}/run, max_steps: 100000, logging_steps: 1, save_steps: 100000, dataloader_num_workers: 0}}
-"""
+from wan_accel import checkpoint
 
 
 def train(base: str, output_dir: str, engine: str, num_steps: int) -> tuple[int, dict[str, torch.Tensor]]:
@@ -44,17 +29,6 @@ def train(base: str, output_dir: str, engine: str, num_steps: int) -> tuple[int,
     return run(trainer, str(newest) if newest else None), full_weights(trainer)
 
 
-def wait_for_step(run: Path, step: int) -> None:
-    """Until a run has logged a step."""
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        file = run / "metrics.jsonl"
-        if file.is_file() and any(json.loads(line)["step"] >= step for line in file.read_text().splitlines()):
-            return
-        time.sleep(0.02)
-    raise TimeoutError(f"{run} did not reach step {step}")
-
-
 @pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
 def test_one_rank_is_told_and_all_save(engine: str, told: signal.Signals, tmp_path: Path) -> None:
@@ -63,42 +37,28 @@ def test_one_rank_is_told_and_all_save(engine: str, told: signal.Signals, tmp_pa
     wait_for_step(run, 2)
     os.kill(workers[1][0].pid, told)
     assert [code for code, _ in results(workers)] == [0, 0]
-    state = json.loads((run / "run_state.json").read_text())
+    state = run_state(run)
     assert state["state"] == "preempted" and 2 <= state["step"] < 100_000
     assert checkpoint.last_checkpoint(run) == run / f"checkpoint-{state['step']}"
     end = state["step"] + 2
     resumed = run_ranks(train, 2, str(base), str(run), engine, end, engine=engine)[0][1]
     whole = run_ranks(train, 2, str(base), str(tmp_path / "whole"), engine, end, engine=engine)[0][1]
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    assert json.loads((run / "run_state.json").read_text()) == {"state": "finished", "step": end}
+    assert run_state(run) == {"state": "finished", "step": end}
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint, clips and their cached conditions."""
-    folder = tmp_path_factory.mktemp("job")
-    init_tiny("t2v-1.3b", folder / "model")
-    write_clips(folder / "clips", [clip_row(number) for number in range(4)])
-    (folder / "recipe.yaml").write_text(RECIPE.format(root=folder))
-    assert cache.main([str(folder / "recipe.yaml")]) == 0
-    return folder
-
-
-def launch_command(root: Path, run: Path, *options: str) -> list[str]:
-    return [
-        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
-        str(RECIPES / "cpu_fsdp2.yaml"), "--num_processes", "2", *options, "-m", "wan_accel.train",
-        str(root / "recipe.yaml"), f"training.output_dir={run}",
-    ]  # fmt: skip
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_job(tmp_path_factory.mktemp("job"))
 
 
 @pytest.fixture
-def launched(root: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen, list[psutil.Process], Path]]:
+def launched(recipe: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen, list[psutil.Process], Path]]:
     """A run on 2 FSDP2 ranks that `accelerate launch` started, as a job script would: SIGUSR1 does not end it."""
     run = tmp_path / "run"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ignoring = ["bash", "-c", "trap '' USR1; exec \"$@\"", "bash", *launch_command(root, run)]
-    launcher = subprocess.Popen(ignoring, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    ignoring = ["bash", "-c", "trap '' USR1; exec \"$@\"", "bash"]
+    command = [*ignoring, *launch_command(recipe), f"training.output_dir={run}"]
+    launcher = subprocess.Popen(command, env=launch_env(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     ranks: list[psutil.Process] = []
     try:
         wait_for_step(run, 2)
@@ -116,7 +76,7 @@ def ended(processes: list[psutil.Process], run: Path) -> dict[str, Any]:
     """Wait for all processes of a run to be gone; returns what it says of itself."""
     _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive, alive
-    return json.loads((run / "run_state.json").read_text())
+    return run_state(run)
 
 
 @pytest.mark.launch
@@ -140,12 +100,11 @@ def test_a_launched_run_saves_and_leaves_nobody_behind(
 
 
 @pytest.mark.launch
-def test_a_launcher_that_may_restart_goes_on_after_a_rank_was_killed(root: Path, tmp_path: Path) -> None:
+def test_a_launcher_that_may_restart_goes_on_after_a_rank_was_killed(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = launch_command(root, run, "--max_restarts", "1")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*launch_command(recipe, "--max_restarts", "1"), f"training.output_dir={run}"]
     launcher = subprocess.Popen(
-        [*command, "training.max_steps=60", "training.save_steps=5"], env=env, stdout=subprocess.DEVNULL,
+        [*command, "training.max_steps=60", "training.save_steps=5"], env=launch_env(), stdout=subprocess.DEVNULL,
     )  # fmt: skip
     try:
         wait_for_step(run, 12)
@@ -153,7 +112,7 @@ def test_a_launcher_that_may_restart_goes_on_after_a_rank_was_killed(root: Path,
         assert launcher.wait(240) == 0
     finally:
         launcher.kill()
-    assert json.loads((run / "run_state.json").read_text()) == {"state": "finished", "step": 60}
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert run_state(run) == {"state": "finished", "step": 60}
+    steps = [line["step"] for line in log_lines(run)]
     again = [later for before, later in zip(steps, steps[1:]) if later < before]
     assert len(again) == 1 and again[0] % 5 == 1 and again[0] > 5  # from the newest checkpoint, not from the start
