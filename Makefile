@@ -21,9 +21,9 @@ demo: install
 test: install lint
 	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-# What CI runs at reduced counts, at full length: kill -9 at 20 moments, 500 damaged videos decoded and worked on.
+# What CI runs at reduced counts, at full length: kill -9 at 20 moments (preprocessing, checkpoints), 500 damaged videos decoded and worked on.
 test-long: install
-	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 WAN_ACCEL_KILLS=20 python -m pytest --timeout=3600 tests/preprocessing/test_job.py $(PYTEST_ARGS)
+	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 WAN_ACCEL_KILLS=20 python -m pytest --timeout=3600 tests/preprocessing/test_job.py tests/test_checkpoint_writer.py $(PYTEST_ARGS)
 	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python benchmarks/fuzz_videos.py 500 --seed 0
 	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python benchmarks/fuzz_videos.py 500 --seed 0 --pipeline clips
 	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python benchmarks/fuzz_videos.py 500 --seed 0 --pipeline animate --timeout-seconds 60
