@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wan_accel.dealing import imbalance
-from wan_accel.draws import NO_KNOWN, Bucket, DatasetIndex, SampleDraw, Step, TokenBudget
+from wan_accel.draws import NO_KNOWN, Bucket, DatasetIndex, SampleDraw, Step, TokenBudget, describe_buckets
 from wan_accel.held_out import fixed_draws, split_groups
 from wan_accel.models.variants import VARIANTS
 from wan_accel.objective import NoiseLevels
@@ -210,3 +210,9 @@ def test_errors() -> None:
 
 
 KNOWN_DRAW = (81, 5449504946008771989)
+
+
+def test_buckets_are_described_with_the_largest_first() -> None:
+    buckets = [Bucket(5, 32, 48)] * 3 + [Bucket(9, 64, 64)]
+    text = describe_buckets(buckets, VARIANTS["t2v-1.3b"].num_tokens)
+    assert text == "4 rows in 2 buckets (9 frames of 64x64: 1, 5 frames of 32x48: 3)"

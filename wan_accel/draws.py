@@ -1,9 +1,11 @@
 """What an optimizer step consists of: samples, everything random about them, and how they fall on ranks. Torch-free."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from wan_accel.listing import first_few
 
 NO_KNOWN = -1
 
@@ -26,6 +28,14 @@ class DatasetIndex:
     def __post_init__(self) -> None:
         if len(self.buckets) != len(self.num_known):
             raise ValueError(f"{len(self.buckets)} buckets but {len(self.num_known)} known-variant counts")
+
+
+def describe_buckets(buckets: Sequence[Bucket], num_tokens: Callable[[int, int, int], int]) -> str:
+    """How many rows there are of each shape, the one with most tokens first: it decides whether a run fits."""
+    counts = Counter(buckets)
+    ordered = sorted(counts, key=lambda bucket: num_tokens(*bucket), reverse=True)
+    shown = [f"{b.num_frames} frames of {b.height}x{b.width}: {counts[b]}" for b in ordered]
+    return f"{len(buckets)} rows in {len(counts)} buckets ({first_few(shown, 5)})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

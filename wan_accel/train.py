@@ -22,14 +22,14 @@ from wan_accel.data.latents import LatentsDataset
 from wan_accel.data.mixture import MixedLatents
 from wan_accel.data.provenance import removed_clips, warn_of_removed
 from wan_accel.default_plan import default_plan
-from wan_accel.draws import SampleDraw
+from wan_accel.draws import SampleDraw, describe_buckets
 from wan_accel.held_out import fixed_draws, split_groups
 from wan_accel.live import load_live_encoder, open_live
 from wan_accel.logs import log_failure, log_to_file, start_logging
 from wan_accel.lora import LoraSettings
 from wan_accel.metrics import write_run_state
 from wan_accel.models.loading import CheckpointReader
-from wan_accel.models.variants import Expert, get_variant
+from wan_accel.models.variants import Expert, Variant, get_variant
 from wan_accel.nonfinite import NonFiniteError
 from wan_accel.parallel.agreement import announce_failure, announced_failure, from_main_rank
 from wan_accel.parallel.cpu import enable_fsdp_on_cpu
@@ -109,6 +109,8 @@ def build_trainer(recipe: Recipe, readers: Mapping[str, CheckpointReader] | None
     applied = techniques(recipe, args.seed)
     readers = readers or {expert.name: open_weights(recipe, expert.name, applied.lora) for expert in experts}
     plan, eval_draws = plan_data(recipe, args, source, experts)
+    if args.process_index == 0:
+        logger.info("training on %s", _buckets_of(source, plan, variant))
     model = assemble_experts(
         variant,
         readers,
@@ -134,6 +136,11 @@ def build_trainer(recipe: Recipe, readers: Mapping[str, CheckpointReader] | None
     )
     add_sampling(trainer, recipe)
     return trainer
+
+
+def _buckets_of(source: LatentsDataset | MixedLatents, plan: StepPlan, variant: Variant) -> str:
+    buckets = source.index().buckets
+    return describe_buckets([buckets[row] for row in plan.rows.tolist()], variant.num_tokens)
 
 
 def _summarise(recipe: Recipe, source: LatentsDataset | MixedLatents, args: WanTrainingArguments) -> None:
