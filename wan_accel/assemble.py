@@ -18,11 +18,13 @@ from wan_accel.models.denoiser import WanDenoiser, inject_ulysses, set_attention
 from wan_accel.models.fp8 import check_fp8, convert_to_fp8
 from wan_accel.models.loading import CheckpointReader, build_denoiser, fill_parameters
 from wan_accel.models.pair import ExpertPair
+from wan_accel.models.reader import TensorShapes
 from wan_accel.models.recompute import Policy, recompute_of
 from wan_accel.models.variants import Variant
 from wan_accel.parallel.engine import Engine
 from wan_accel.parallel.fsdp import fully_shard_denoiser
 from wan_accel.parallel.mesh import ParallelDims
+from wan_accel.recipe.schema import Recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +46,27 @@ class Techniques:
     compile: bool = False
     num_shapes: int = 1
     seed: int = 0
+
+
+def techniques_of(recipe: Recipe, seed: int) -> Techniques:
+    """The model techniques of a recipe."""
+    lora = None
+    if recipe.method.kind == "lora":
+        targets = recipe.method.target_modules
+        lora = LoraSettings(
+            r=recipe.method.r,
+            lora_alpha=recipe.method.lora_alpha,
+            target_modules=() if targets == "default" else tuple(targets),
+        )
+    return Techniques(
+        lora=lora,
+        torch_dtype=getattr(torch, recipe.model.torch_dtype),
+        attention=recipe.model.attention,
+        fp8=recipe.memory.fp8,
+        activation_checkpointing=recipe.memory.activation_checkpointing,
+        compile=recipe.memory.compile,
+        seed=seed,
+    )
 
 
 def launched_engine() -> Engine:
@@ -87,13 +110,24 @@ def assemble(
         raise ValueError("\n".join(problems))
     if engine == "zero3":
         return _assemble_zero3(variant, reader, techniques, dims, device)
-    with torch.device("meta"):
-        model = build_denoiser(variant, reader).to(techniques.torch_dtype)
-    _apply(model, variant, techniques, dims, device)
+    model = build_skeleton(variant, reader, techniques, dims, device)
     if engine == "fsdp2":
         fully_shard_denoiser(model, fsdp_plugin(), dims.shard_mesh(device.type))
     model.to_empty(device=device)
     fill_parameters(model, reader, seed=techniques.seed)
+    return model
+
+
+def build_skeleton(
+    variant: Variant, shapes: TensorShapes, techniques: Techniques, dims: ParallelDims, device: torch.device
+) -> WanDenoiser:
+    """A denoiser on the meta device with every technique applied, for `device`: to be sharded and filled.
+
+    Collective with sequence parallelism.
+    """
+    with torch.device("meta"):
+        model = build_denoiser(variant, shapes).to(techniques.torch_dtype)
+    _apply(model, variant, techniques, dims, device)
     return model
 
 

@@ -56,25 +56,65 @@ class Work:
     text_length: int = TEXT_LENGTH
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepFlops:
+    """FLOPs of matrix products with weights, and of attention, which GPUs run at other speeds."""
+
+    products: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        return self.products + self.attention
+
+
 def step_flops(size: DitSize, num_tokens: int, work: Work) -> float:
     """FLOPs of forward and backward of one sample of `num_tokens` tokens.
 
     Counted are the blocks (attention, feed-forward, face blocks), their adapters, and the layers around them that see
     every token (patch embedding, head). Norms, modulation and embeddings of text and time are below 0.1%.
     """
+    return split_step_flops(size, num_tokens, work).total
+
+
+def split_step_flops(size: DitSize, num_tokens: int, work: Work) -> StepFlops:
+    """`step_flops` by kind."""
+    blocks = _blocks_forward(size, num_tokens, work)
+    context = size.num_layers * _context_linears(size, work)
+    base = blocks.products - context + _around_blocks(size, num_tokens)
+    if work.lora_rank is None:
+        return StepFlops(products=3 * (base + context), attention=3 * blocks.attention)
+    # No gradient goes back into the text and image tokens.
+    adapters = size.num_layers * _block_adapters(size, num_tokens, work)
+    return StepFlops(products=2 * base + context + 3 * adapters, attention=3 * blocks.attention)
+
+
+def recomputed_flops(size: DitSize, num_tokens: int, work: Work, policy: str | float) -> StepFlops:
+    """What the backward pass computes again of one sample (`memory.activation_checkpointing`); of a budget about so.
+
+    Attention is run again under `full` only.
+    """
+    if policy == "none":
+        return StepFlops(products=0.0, attention=0.0)
+    forward = _blocks_forward(size, num_tokens, work)
+    share = 1.0 if isinstance(policy, str) else 1.0 - policy
+    adapters = size.num_layers * _block_adapters(size, num_tokens, work)
+    return StepFlops(
+        products=share * (forward.products + adapters), attention=forward.attention if policy == "full" else 0.0
+    )
+
+
+def _blocks_forward(size: DitSize, num_tokens: int, work: Work) -> StepFlops:
+    """Forward of all blocks and face blocks, without adapters."""
     layers = size.num_layers
-    base = layers * _block_linears(size, num_tokens) + _around_blocks(size, num_tokens)
-    context = layers * _context_linears(size, work)
+    products = layers * (_block_linears(size, num_tokens) + _context_linears(size, work))
     attention = layers * _attention(size, num_tokens, work)
     if work.has_face_blocks:
         num_face_blocks = -(-layers // FACE_BLOCK_EVERY)
         # A frame's tokens attend to its own motion tokens; keys and values of those few tokens are left out.
-        base += num_face_blocks * 4 * num_tokens * size.dim**2
+        products += num_face_blocks * 4 * num_tokens * size.dim**2
         attention += num_face_blocks * 4 * num_tokens * MOTION_TOKENS_PER_FRAME * size.dim
-    if work.lora_rank is None:
-        return 3 * (base + context + attention)
-    # No gradient goes back into the text and image tokens.
-    return 2 * base + context + 3 * attention + 3 * layers * _block_adapters(size, num_tokens, work)
+    return StepFlops(products=products, attention=attention)
 
 
 def _block_linears(size: DitSize, num_tokens: int) -> float:

@@ -132,3 +132,29 @@ def step_loss(per_sample: "Tensor", weight: "Tensor", num_samples: int, num_data
     the gradient of the mean over the optimizer step's `num_samples` samples, whatever the layout.
     """
     return (per_sample * weight).sum() * (num_data_ranks / num_samples)
+
+
+def micro_batch_loss(
+    predicted: "Tensor",
+    target: "Tensor",
+    mask: "Tensor | None",
+    *,
+    sigma: "Tensor",
+    weight: "Tensor",
+    weighting: Weighting,
+    shift: float,
+    num_samples: int,
+    num_data_ranks: int,
+) -> "tuple[Tensor, Tensor]":
+    """Losses (B,) of a micro-batch, and the scalar that is backpropagated (`step_loss`).
+
+    Args:
+        predicted, target, mask: see `per_sample_mse`.
+        sigma: (B,), see `loss_weight`.
+        weight: (B,), 0 for a filler.
+        weighting, shift: of the objective.
+        num_samples, num_data_ranks: see `step_loss`.
+    """
+    per_sample = per_sample_mse(predicted, target, mask)
+    weight = weight * loss_weight(sigma, weighting, shift)
+    return per_sample, step_loss(per_sample, weight, num_samples, num_data_ranks)

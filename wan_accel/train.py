@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from wan_accel import checkpoint
 from wan_accel.arguments import WanTrainingArguments
-from wan_accel.assemble import Techniques, assemble_experts, launched_engine, launched_replicas
+from wan_accel.assemble import assemble_experts, launched_engine, launched_replicas, techniques_of
 from wan_accel.checkpoint_writer import SaveError
 from wan_accel.data.collate import SampleError
 from wan_accel.data.latents import LatentsDataset
@@ -26,7 +26,6 @@ from wan_accel.draws import SampleDraw, describe_buckets
 from wan_accel.held_out import fixed_draws, split_groups
 from wan_accel.live import load_live_encoder, open_live
 from wan_accel.logs import log_failure, log_to_file, start_logging
-from wan_accel.lora import LoraSettings
 from wan_accel.metrics import write_run_state
 from wan_accel.models.loading import CheckpointReader
 from wan_accel.models.variants import Expert, Variant, get_variant
@@ -106,7 +105,7 @@ def build_trainer(recipe: Recipe, readers: Mapping[str, CheckpointReader] | None
     source = open_source(recipe, variant)
     _summarise(recipe, source, args)
     live = open_live(recipe, variant, source)  # before weights are read, which takes minutes
-    applied = techniques(recipe, args.seed)
+    applied = techniques_of(recipe, args.seed)
     readers = readers or {expert.name: open_weights(recipe, expert.name, applied.lora) for expert in experts}
     plan, eval_draws = plan_data(recipe, args, source, experts)
     if args.process_index == 0:
@@ -172,27 +171,6 @@ def _launch_arguments() -> dict[str, Any]:
         if not is_zero3:
             arguments["use_cpu"] = True
     return arguments
-
-
-def techniques(recipe: Recipe, seed: int) -> Techniques:
-    """The model techniques of a recipe."""
-    lora = None
-    if recipe.method.kind == "lora":
-        targets = recipe.method.target_modules
-        lora = LoraSettings(
-            r=recipe.method.r,
-            lora_alpha=recipe.method.lora_alpha,
-            target_modules=() if targets == "default" else tuple(targets),
-        )
-    return Techniques(
-        lora=lora,
-        torch_dtype=getattr(torch, recipe.model.torch_dtype),
-        attention=recipe.model.attention,
-        fp8=recipe.memory.fp8,
-        activation_checkpointing=recipe.memory.activation_checkpointing,
-        compile=recipe.memory.compile,
-        seed=seed,
-    )
 
 
 def plan_data(

@@ -45,7 +45,7 @@ from wan_accel.models.pair import ExpertPair, experts_of, split_by_expert
 from wan_accel.models.variants import Variant
 from wan_accel.noising import conditions_of, noise_batch
 from wan_accel.nonfinite import FiniteGuard
-from wan_accel.objective import loss_weight, per_sample_mse, step_loss
+from wan_accel.objective import micro_batch_loss
 from wan_accel.optimizer_settings import IntervalsCallback
 from wan_accel.optimizers import optimizer_problem
 from wan_accel.parallel.agreement import from_main_rank
@@ -249,9 +249,11 @@ class WanTrainer(Trainer):
     def _micro_loss(self, expert: str, batch: MicroBatch, num_samples: int) -> Tensor:
         batch = self._on_device(batch)
         predicted, target, mask = self._predict(expert, batch)
-        per_sample = per_sample_mse(predicted, target, mask)
-        weight = batch["weight"] * loss_weight(batch["sigma"], self.args.weighting, self.args.shift)
-        return self.guard.watch(per_sample, step_loss(per_sample, weight, num_samples, self.dims.num_data_ranks))
+        per_sample, loss = micro_batch_loss(
+            predicted, target, mask, sigma=batch["sigma"], weight=batch["weight"], weighting=self.args.weighting,
+            shift=self.args.shift, num_samples=num_samples, num_data_ranks=self.dims.num_data_ranks,
+        )  # fmt: skip
+        return self.guard.watch(per_sample, loss)
 
     def _predict(self, expert: str, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Predicted and true velocity (B, C, F, h, w) fp32 of a micro-batch, and where the loss looks."""

@@ -11,9 +11,10 @@ from wan_accel.models.blocks import CheckpointedModule
 
 # Graphs beyond the planned shapes: a global state that changes once, such as autocast or deterministic algorithms.
 SPARE_GRAPHS = 2
+Backend = str | Callable[..., Any]
 
 
-def compile_blocks(model: nn.Module, *, num_shapes: int, budget: float = 1.0, backend: str = "inductor") -> None:
+def compile_blocks(model: nn.Module, *, num_shapes: int, budget: float = 1.0, backend: Backend = "inductor") -> None:
     """Let every block of a model run compiled where it is differentiated. Names in the state dict stay.
 
     Graphs have static shapes and no breaks. Only passes with gradients are compiled: validation and sampling would
@@ -23,7 +24,7 @@ def compile_blocks(model: nn.Module, *, num_shapes: int, budget: float = 1.0, ba
     Args:
         num_shapes: different shapes of a micro-batch in the run; a graph beyond them is an error when it is asked for.
         budget: share of activations that the partitioner may keep, 1 for what is fastest. It holds for the process.
-        backend: dynamo's; others than inductor are for tests.
+        backend: dynamo's, by name or itself; others than inductor are for tests and for planning.
     """
     blocks = [module for module in model.modules() if isinstance(module, CheckpointedModule)]
     limit = num_shapes * (len({type(block) for block in blocks}) + 1) + SPARE_GRAPHS
@@ -37,7 +38,7 @@ def compile_blocks(model: nn.Module, *, num_shapes: int, budget: float = 1.0, ba
         block.compiled = _compiled(block.run, num_shapes, backend)
 
 
-def _compiled(run: Callable[..., Tensor], num_shapes: int, backend: str) -> Callable[..., Tensor]:
+def _compiled(run: Callable[..., Tensor], num_shapes: int, backend: Backend) -> Callable[..., Tensor]:
     fast = torch.compile(run, dynamic=False, fullgraph=True, backend=backend)
 
     def call(*args: object) -> Tensor:

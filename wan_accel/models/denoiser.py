@@ -285,7 +285,11 @@ def inject_ulysses(model: WanDenoiser, group: torch.distributed.ProcessGroup) ->
     Raises:
         ValueError: the group's size does not divide the heads.
     """
-    parallel = SequenceParallel(group)
+    return split_tokens(model, SequenceParallel(group))
+
+
+def split_tokens(model: WanDenoiser, parallel: SequenceParallel) -> WanDenoiser:
+    """`inject_ulysses` for a group that is wrapped already."""
     if model.num_heads % parallel.size:
         degrees = ", ".join(map(str, usable_degrees(model.num_heads)))
         raise ValueError(f"parallel.ulysses={parallel.size} does not divide num_heads={model.num_heads}: use {degrees}")

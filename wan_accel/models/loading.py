@@ -21,6 +21,7 @@ from wan_accel.models.errors import CheckpointError
 from wan_accel.models.layouts import DIFFUSERS_FOLDERS, is_diffusers
 from wan_accel.models.reader import (
     CheckpointReader,
+    TensorShapes,
     compare_tensors,
     file_metadata,
     is_constant,
@@ -90,7 +91,7 @@ def default_expert(variant: Variant) -> str:
     return variant.experts[0].name
 
 
-def build_denoiser(variant: Variant, reader: CheckpointReader, *, with_motion_encoder: bool = False) -> WanDenoiser:
+def build_denoiser(variant: Variant, reader: TensorShapes, *, with_motion_encoder: bool = False) -> WanDenoiser:
     """Build the denoiser that a checkpoint's shapes describe, on the current default device, unfilled.
 
     Raises:
@@ -108,7 +109,7 @@ def build_denoiser(variant: Variant, reader: CheckpointReader, *, with_motion_en
     return model
 
 
-def _compare(model: WanDenoiser, reader: CheckpointReader) -> None:
+def _compare(model: WanDenoiser, reader: TensorShapes) -> None:
     # Under zero.Init a parameter is empty and keeps its whole shape beside.
     wanted = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
     without_motion = not hasattr(model, "motion_encoder")

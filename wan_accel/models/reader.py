@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,6 +12,19 @@ from torch import Tensor
 from wan_accel.listing import first_few
 from wan_accel.models.errors import CheckpointError
 from wan_accel.models.layouts import Source, original_sources
+
+
+class TensorShapes(Protocol):
+    """What tells which denoiser a checkpoint is of: the shapes of its tensors, by their original names."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def num_heads(self) -> int | None: ...
 
 
 class CheckpointReader:
