@@ -1,4 +1,7 @@
-"""Which optimizers train correctly on which engine. Torch-free."""
+"""Which optimizers train correctly on which engine, and what they hold. Torch-free."""
+
+import math
+from collections.abc import Sequence
 
 # Names of transformers' OptimizerNames, each with the engines on which it is not right, and why.
 _UNUSABLE: dict[str, dict[str, str]] = {
@@ -31,3 +34,29 @@ def optimizer_problem(optim: str, engine: str | None = None) -> str | None:
     where = f" with {engine}" if engine else ""
     reason = _UNUSABLE.get(optim, {}).get(_SHARDED_LIKE.get(engine or "", engine or ""), "it is not tested here")
     return f"training.optim={optim} cannot be used{where}: {reason}; use {', '.join(usable)}"
+
+
+# Trainer's choice where a recipe names none (transformers, `TrainingArguments.optim`).
+DEFAULT_OPTIM = "adamw_torch_fused"
+# torchao keeps a tensor of at least so many elements in blocks of 256, each with an fp32 scale.
+_SMALLEST_8BIT, _BLOCK_8BIT = 4096, 256
+
+
+def state_bytes(optim: str, shape: Sequence[int]) -> int:
+    """Bytes that an optimizer keeps for one fp32 parameter (or shard of one), single step counts left out."""
+    numel = math.prod(shape)
+    if optim.startswith("adamw_torch") and not optim.endswith("8bit"):
+        return 8 * numel  # two fp32 moments
+    if optim == "adamw_torch_8bit":
+        if numel < _SMALLEST_8BIT or numel % _BLOCK_8BIT:
+            return 8 * numel
+        return 2 * (numel + 4 * numel // _BLOCK_8BIT)
+    if optim == "adafactor":  # without a first moment; of matrices the second one by rows and columns
+        return 4 * (numel // shape[-1] + numel // shape[-2]) if len(shape) > 1 else 4 * numel
+    assert optim == "sgd", f"{optim} has no row here"
+    return 0
+
+
+def step_bytes(optim: str, numel: int) -> int:
+    """Bytes that a step needs beside parameters, gradients and state, all parameters of a group at once."""
+    return 4 * numel if optim == "adamw_torch" else 0

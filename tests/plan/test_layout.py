@@ -1,0 +1,70 @@
+"""Layouts as accelerate configs say them."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from wan_accel.plan.layout import Layout, ZeroBuffers, read_layout
+from wan_accel.recipe.load import recipes_folder
+
+CONFIGS = recipes_folder() / "accelerate"
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "expected"),
+    [
+        ("fsdp2", 64, Layout(engine="fsdp2", world_size=64, ulysses=4)),
+        ("hsdp", 16, Layout(engine="hsdp", world_size=16, ulysses=4, dp_replicate=2)),
+        ("zero3", 8, Layout(engine="zero3", world_size=8, ulysses=4)),
+        ("ddp", 8, Layout(engine="ddp", world_size=8, ulysses=4)),
+        ("ddp", 1, Layout(engine="single", world_size=1, ulysses=4)),
+        ("fsdp2", 1, Layout(engine="single", world_size=1, ulysses=4)),
+        ("cpu_fsdp2", 2, Layout(engine="fsdp2", world_size=2, ulysses=4, is_mixed=False)),
+    ],
+)
+def test_shipped_configs(name: str, processes: int, expected: Layout) -> None:
+    assert read_layout(CONFIGS / f"{name}.yaml", num_processes=processes, ulysses=4) == expected
+
+
+def changed(tmp_path: Path, name: str, **changes: Any) -> Path:
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    for section, value in changes.items():
+        config[section] = {**config.get(section, {}), **value} if isinstance(value, dict) else value
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def test_what_a_config_changes(tmp_path: Path) -> None:
+    path = changed(tmp_path, "fsdp2", num_processes=16, fsdp_config={"fsdp_reshard_after_forward": False})
+    layout = read_layout(path, num_processes=None, ulysses=1)
+    assert (layout.world_size, layout.reshard_after_forward, layout.num_shards) == (16, False, 16)
+    path = changed(tmp_path, "zero3", deepspeed_config={"offload_optimizer_device": "cpu", "reduce_bucket_size": 1e8})
+    layout = read_layout(path, num_processes=8, ulysses=1)
+    assert (layout.offload, layout.zero.reduce_bucket_size) == ("optimizer", 10**8)
+    path = changed(tmp_path, "zero3", deepspeed_config={"offload_param_device": "cpu"})
+    assert read_layout(path, num_processes=8, ulysses=1).offload == "parameters"
+
+
+def test_what_cannot_be_planned(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="2 replicas x 8 shards are 16 processes, --num_processes 8 was given"):
+        read_layout(CONFIGS / "hsdp.yaml", num_processes=8, ulysses=1)
+    with pytest.raises(ValueError, match="does not say how many processes: give --num_processes"):
+        read_layout(CONFIGS / "fsdp2.yaml", num_processes=None, ulysses=1)
+    with pytest.raises(ValueError, match="fsdp_offload_params: true is not available yet"):
+        read_layout(changed(tmp_path, "fsdp2", fsdp_config={"fsdp_offload_params": True}), num_processes=8, ulysses=1)
+    with pytest.raises(ValueError, match="mixed_precision=fp16 is not supported"):
+        read_layout(changed(tmp_path, "fsdp2", mixed_precision="fp16"), num_processes=8, ulysses=1)
+    with pytest.raises(ValueError, match="offload_optimizer_device=nvme cannot be planned"):
+        path = changed(tmp_path, "zero3", deepspeed_config={"offload_optimizer_device": "nvme"})
+        read_layout(path, num_processes=8, ulysses=1)
+
+
+def test_buffers_are_deepspeeds() -> None:
+    config = DeepSpeedZeroConfig()
+    names = {field.name: field.name.removeprefix("stage3_") for field in fields(ZeroBuffers)}
+    assert ZeroBuffers() == ZeroBuffers(**{name: getattr(config, theirs) for name, theirs in names.items()})

@@ -1,0 +1,125 @@
+"""How a run is laid out over processes, as an accelerate config and a recipe say. Torch-free."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from wan_accel.recipe.check import read_engine
+
+PlannedEngine = Literal["single", "ddp", "fsdp2", "hsdp", "zero3"]
+Offload = Literal["none", "optimizer", "parameters"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ZeroBuffers:
+    """Elements of ZeRO-3's buffers; the defaults are DeepSpeed's (deepspeed 0.19, runtime/zero/config.py)."""
+
+    reduce_bucket_size: int = 500_000_000
+    stage3_max_live_parameters: int = 1_000_000_000
+    stage3_prefetch_bucket_size: int = 50_000_000
+    sub_group_size: int = 1_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Processes, one a GPU, and what they share.
+
+    offload: what ZeRO-3 keeps in host memory: nothing, gradients and optimizer, or these and the parameters.
+    reshard_after_forward: FSDP2 frees gathered parameters between forward and backward.
+    is_mixed: computes in bf16 over fp32 masters.
+    """
+
+    engine: PlannedEngine
+    world_size: int
+    ulysses: int = 1
+    dp_replicate: int = 1
+    is_mixed: bool = True
+    reshard_after_forward: bool = True
+    offload: Offload = "none"
+    zero: ZeroBuffers = ZeroBuffers()
+
+    @property
+    def num_shards(self) -> int:
+        """Ranks that share one copy of parameters, gradients and optimizer state."""
+        return 1 if self.engine in ("single", "ddp") else self.world_size // self.dp_replicate
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 shards, with replicas or without."""
+        return self.engine in ("fsdp2", "hsdp")
+
+    @property
+    def num_data_ranks(self) -> int:
+        return self.world_size // self.ulysses
+
+    def describe(self) -> str:
+        """In words, for a report."""
+        parts = [self.engine, f"{self.world_size} GPUs"]
+        if self.dp_replicate > 1:
+            parts.append(f"{self.dp_replicate} replicas x {self.num_shards} shards")
+        parts.append(f"ulysses {self.ulysses}")
+        parts.append("bf16 over fp32" if self.is_mixed else "no mixed precision")
+        if self.offload != "none":
+            parts.append(f"{self.offload} in host memory")
+        return ", ".join(parts)
+
+
+def read_layout(path: Path, *, num_processes: int | None, ulysses: int) -> Layout:
+    """The layout of an accelerate config file and a recipe's `parallel.ulysses`.
+
+    Raises:
+        ValueError: the file cannot be read, asks for what is not supported, or does not fit the number of processes.
+    """
+    engine = read_engine(path)
+    config: dict[str, Any] = yaml.safe_load(path.read_text()) or {}
+    world_size = num_processes or config.get("num_processes")
+    if world_size is None:
+        raise ValueError(f"{path} does not say how many processes: give --num_processes")
+    if engine == "single" and world_size > 1:
+        raise ValueError(f"{path} is for one process, --num_processes {world_size} was given: use another config")
+    if world_size == 1 and engine != "zero3":
+        engine = "single"  # as a launch of one process is
+    zero = config.get("deepspeed_config") or {}
+    return Layout(
+        engine=engine,  # type: ignore[arg-type]
+        world_size=world_size,
+        ulysses=ulysses,
+        dp_replicate=_replicas(path, config, world_size) if engine == "hsdp" else 1,
+        is_mixed=_is_mixed(path, config),
+        reshard_after_forward=bool((config.get("fsdp_config") or {}).get("fsdp_reshard_after_forward", True)),
+        offload=_offload(path, config, zero),
+        zero=ZeroBuffers(**{name: int(zero[name]) for name in ZeroBuffers.__dataclass_fields__ if name in zero}),
+    )
+
+
+def _replicas(path: Path, config: Mapping[str, Any], world_size: int) -> int:
+    parallelism = config.get("parallelism_config") or {}
+    replicas = int(parallelism["parallelism_config_dp_replicate_size"])
+    shards = int(parallelism.get("parallelism_config_dp_shard_size", 1))
+    if replicas * shards != world_size:
+        raise ValueError(
+            f"{path}: {replicas} replicas x {shards} shards are {replicas * shards} processes, --num_processes "
+            f"{world_size} was given: set parallelism_config_dp_shard_size to {world_size // replicas or 1}"
+        )
+    return replicas
+
+
+def _is_mixed(path: Path, config: Mapping[str, Any]) -> bool:
+    precision = config.get("mixed_precision", "no")
+    precision = "no" if precision is False else str(precision)  # YAML reads a bare `no` as false
+    if precision not in ("no", "bf16"):
+        raise ValueError(f"{path}: mixed_precision={precision} is not supported: use bf16 or 'no'")
+    return precision == "bf16"
+
+
+def _offload(path: Path, config: Mapping[str, Any], zero: Mapping[str, Any]) -> Offload:
+    if (config.get("fsdp_config") or {}).get("fsdp_offload_params"):
+        raise ValueError(f"{path}: fsdp_offload_params: true is not available yet: use more GPUs, or ZeRO-3")
+    places = {part: str(zero.get(f"offload_{part}_device", "none")) for part in ("optimizer", "param")}
+    for part, place in places.items():
+        if place not in ("none", "cpu"):
+            raise ValueError(f"{path}: offload_{part}_device={place} cannot be planned: use none or cpu")
+    return "parameters" if places["param"] == "cpu" else "optimizer" if places["optimizer"] == "cpu" else "none"
