@@ -1,4 +1,4 @@
-"""The `wan-accel` command: recipes, check, doctor, download, init-tiny, checkpoint, export, push."""
+"""The `wan-accel` command: recipes, check, plan, doctor, download, init-tiny, checkpoint, export, push."""
 
 import argparse
 import logging
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wan_accel import doctor_finding
+from wan_accel.plan import options as plan_options
 from wan_accel.recipe.check import check, read_engine
 from wan_accel.recipe.load import find_recipe, load_recipe, recipes_folder, shipped_recipes
 
@@ -16,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code, 2 for input that cannot be used."""
     parser = _parser()
     arguments, overrides = parser.parse_known_args(argv)
-    if overrides and arguments.run not in (_check, _doctor, _download):
+    if overrides and arguments.run not in (_check, _plan, _doctor, _download):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     arguments.overrides = overrides
     logging.basicConfig(format="%(message)s")
@@ -61,6 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument("--config_file", type=Path, help="the accelerate config it will be launched with")
     checking.add_argument("--num_processes", type=int, help="processes it will be launched with")
     checking.set_defaults(run=_check)
+
+    planning = commands.add_parser("plan", help="what a recipe needs on so many GPUs: memory, time, disk")
+    plan_options.add_options(planning)
+    planning.set_defaults(run=_plan)
 
     doctor = commands.add_parser("doctor", help="what this machine lacks for training, and how fast its disk is")
     doctor_finding.add_options(doctor)
@@ -138,6 +143,12 @@ def _check(arguments: argparse.Namespace) -> int:
     if not problems:
         print(f"{arguments.recipe}: no problems found")
     return 2 if problems else 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from wan_accel.plan.run import run
+
+    return run(arguments, arguments.overrides)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

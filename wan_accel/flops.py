@@ -90,17 +90,16 @@ def split_step_flops(size: DitSize, num_tokens: int, work: Work) -> StepFlops:
 
 
 def recomputed_flops(size: DitSize, num_tokens: int, work: Work, policy: str | float) -> StepFlops:
-    """What the backward pass computes again of one sample (`memory.activation_checkpointing`); of a budget about so.
+    """What the backward pass computes again of one sample (`memory.activation_checkpointing`).
 
-    Attention is run again under `full` only.
+    Attention is run again under `full` only. A budget is taken for `attention`: 0.5 was no faster (docs/TRAINING.md).
     """
     if policy == "none":
         return StepFlops(products=0.0, attention=0.0)
     forward = _blocks_forward(size, num_tokens, work)
-    share = 1.0 if isinstance(policy, str) else 1.0 - policy
     adapters = size.num_layers * _block_adapters(size, num_tokens, work)
     return StepFlops(
-        products=share * (forward.products + adapters), attention=forward.attention if policy == "full" else 0.0
+        products=forward.products + adapters, attention=forward.attention if policy == "full" else 0.0
     )
 
 
