@@ -82,19 +82,20 @@ class Planner:
     def step_memory(self, ask: Ask) -> StepMemory:
         """What a micro step adds; once for all layouts that run it alike.
 
-        Compiled blocks of higher Ulysses degrees keep and need as much as those of degree 2, divided.
+        Blocks of higher Ulysses degrees keep and work with as much as those of degree 2, divided. What lies around them
+        is partly of all tokens, but the same whatever blocks recompute and whether they are compiled.
         """
         degree = ask.layout.ulysses
-        if not ask.techniques.compile or degree <= 2:
-            return self._traced(ask, ask.techniques, degree)
-        compiled = self._traced(ask, ask.techniques, 2)
-        # Around the blocks nothing is compiled.
-        plain = replace(ask.techniques, compile=False, fp8=False, activation_checkpointing="full")
-        around = self._traced(ask, plain, degree).around
-        return StepMemory(layer=2 * compiled.layer / degree, around=around, working=2 * compiled.working / degree)
+        if degree <= 2:
+            return self._traced(ask, degree)
+        two = self._traced(ask, 2)
+        without = replace(ask.techniques, compile=False, fp8=False, activation_checkpointing="none")
+        plain = self._traced(ask, degree, without)
+        working = max(2 * two.working / degree, plain.working)
+        return StepMemory(layer=2 * two.layer / degree, around=plain.around, working=working)
 
-    def _traced(self, ask: Ask, techniques: Techniques, degree: int) -> StepMemory:
-        layout = replace(ask.layout, ulysses=degree)
+    def _traced(self, ask: Ask, degree: int, techniques: Techniques | None = None) -> StepMemory:
+        layout, techniques = replace(ask.layout, ulysses=degree), techniques or ask.techniques
         is_cast = layout.engine in ("single", "ddp")
         batch: tuple[Bucket, int] = (ask.batches.bucket, ask.batches.num_samples)
         key = (techniques, degree, is_cast, layout.is_mixed, batch)

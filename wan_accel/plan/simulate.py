@@ -104,7 +104,7 @@ def _simulate(task: Task) -> Simulated:
     model = build_skeleton(task.variant, task.shapes, as_traced(task.techniques), dims, CPU)
     model.text_length = task.text_length
     if task.techniques.compile:
-        trace_blocks(model, task.techniques, memory)
+        BlockTracer(task.techniques, memory).compile(model)
     mesh = dims.shard_mesh("cpu")
     fully_shard_denoiser(model, _plugin(layout), mesh)
     counter = CountCollectives(axes_of(model, mesh))
@@ -134,11 +134,21 @@ def as_traced(techniques: Techniques) -> Techniques:
     return replace(techniques, attention="sdpa", compile=False)
 
 
-def trace_blocks(model: WanDenoiser, techniques: Techniques, memory: TrackMemory) -> None:
-    """Let the blocks run as the compiler would have them."""
-    torch._dynamo.reset()  # what was traced before is of other fake tensors
-    budget = recompute_of(techniques.activation_checkpointing).budget
-    compile_blocks(model, num_shapes=1, budget=budget, backend=tracing_backend(memory))
+class BlockTracer:
+    """Lets blocks run as the compiler would have them; models share their graphs.
+
+    Args:
+        techniques: those of the models.
+        memory: what is told of tensors that are fused away.
+    """
+
+    def __init__(self, techniques: Techniques, memory: TrackMemory) -> None:
+        torch._dynamo.reset()  # what was traced before is of other fake tensors
+        self._budget = recompute_of(techniques.activation_checkpointing).budget
+        self._backend = tracing_backend(memory)
+
+    def compile(self, model: WanDenoiser) -> None:
+        compile_blocks(model, num_shapes=1, budget=self._budget, backend=self._backend)
 
 
 def _plugin(layout: Layout) -> FullyShardedDataParallelPlugin:

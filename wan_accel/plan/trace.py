@@ -26,7 +26,7 @@ from wan_accel.plan.formula import StepMemory
 from wan_accel.plan.layout import Layout
 from wan_accel.plan.memory import TrackMemory
 from wan_accel.plan.shaped import gpu_operators
-from wan_accel.plan.simulate import CPU, as_traced, trace_blocks
+from wan_accel.plan.simulate import CPU, BlockTracer, as_traced
 from wan_accel.plan.step import run_micro_step
 
 
@@ -81,35 +81,53 @@ def trace(step: MicroStep, layout: Layout) -> StepMemory:
     """Bytes a rank that a micro step adds, but for collectives' buffers and gradients."""
     few, more = (FACE_BLOCK_EVERY, 2 * FACE_BLOCK_EVERY) if step.variant.has_animate_adapter else (2, 3)
     num_layers = count_blocks(step.shapes.shapes, "blocks.")
+    tracer = _Tracer(step, layout)
     if num_layers <= more:  # a tiny model: all of it
-        kept, working = _trace(step, layout, num_layers)
+        kept, working = tracer.run(num_layers)
         return StepMemory(layer=0, around=kept, working=working)
-    kept_few, _ = _trace(step, layout, few)
-    kept_more, working = _trace(step, layout, more)
+    kept_few, _ = tracer.run(few)
+    kept_more, working = tracer.run(more)
     layer = (kept_more - kept_few) / (more - few)
     return StepMemory(layer=layer, around=kept_few - few * layer, working=working)
 
 
-def _trace(step: MicroStep, layout: Layout, num_layers: int) -> tuple[int, int]:
-    """Bytes that a model of some layers keeps between forward and backward, and the peak's beyond these."""
-    memory, shapes = TrackMemory(), first_layers(step.shapes, num_layers)
-    model = build_skeleton(step.variant, shapes, as_traced(step.techniques), ParallelDims(world_size=1), CPU)
-    model.text_length = step.text_length
-    if layout.ulysses > 1:
-        split_tokens(model, OneOfGroup(layout.ulysses))
-    autocast = layout.is_mixed and layout.engine in ("single", "ddp")
-    if layout.is_mixed and not autocast:
-        model.to(torch.bfloat16)  # as parameters are gathered
-    if step.techniques.compile:
-        trace_blocks(model, step.techniques, memory)
-    with FakeTensorMode(allow_non_fake_inputs=True), gpu_operators(), memory:
-        with memory.counted_as("parameters"):
-            model.to_empty(device=CPU)
-        _drop_gradients(model)
-        batch = micro_batch(step.variant, shapes, step.bucket, step.num_samples, text_length=step.text_length)
-        memory.restart_peak()
-        kept = run_micro_step(model, step.variant, batch, memory, weighting=step.weighting, autocast=autocast)
-    return kept, memory.peak["other"] - kept
+class _Tracer:
+    """Models of several depths under one compiler, which makes the graphs of their blocks once."""
+
+    def __init__(self, step: MicroStep, layout: Layout) -> None:
+        self._step = step
+        self._layout = layout
+        self._memory = TrackMemory()
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._blocks = BlockTracer(step.techniques, self._memory) if step.techniques.compile else None
+
+    def run(self, num_layers: int) -> tuple[int, int]:
+        """Bytes that a model of some layers keeps between forward and backward, and the peak's beyond these."""
+        step, layout, memory = self._step, self._layout, self._memory
+        shapes = first_layers(step.shapes, num_layers)
+        autocast = layout.is_mixed and layout.engine in ("single", "ddp")
+        model = self._model(shapes, as_gathered=layout.is_mixed and not autocast)
+        with self._fake, gpu_operators(), memory:
+            before = memory.live["other"]
+            with memory.counted_as("parameters"):
+                model.to_empty(device=CPU)
+            _drop_gradients(model)
+            batch = micro_batch(step.variant, shapes, step.bucket, step.num_samples, text_length=step.text_length)
+            memory.restart_peak()
+            kept = run_micro_step(model, step.variant, batch, memory, weighting=step.weighting, autocast=autocast)
+        return kept - before, memory.peak["other"] - kept
+
+    def _model(self, shapes: FirstLayers, *, as_gathered: bool) -> WanDenoiser:
+        step, alone = self._step, ParallelDims(world_size=1)
+        model = build_skeleton(step.variant, shapes, as_traced(step.techniques), alone, CPU)
+        model.text_length = step.text_length
+        if self._layout.ulysses > 1:
+            split_tokens(model, OneOfGroup(self._layout.ulysses))
+        if as_gathered:
+            model.to(torch.bfloat16)
+        if self._blocks is not None:
+            self._blocks.compile(model)
+        return model
 
 
 def _drop_gradients(model: WanDenoiser) -> None:
