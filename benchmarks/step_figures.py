@@ -1,22 +1,26 @@
 """From what was measured on a slice to what is claimed: memory of the whole model, TFLOP/s, the whole job."""
 
+import functools
 from typing import Any
 
+import torch
 from step_slices import RANK, Slice, size_of
 from step_timing import Saved, Timed
 
-from wan_accel.flops import FACE_BLOCK_EVERY, Work, step_flops
-from wan_accel.models.variants import DitSize
+from wan_accel.assemble import Techniques
+from wan_accel.flops import Work, step_flops
+from wan_accel.lora import LoraSettings
+from wan_accel.models.variants import VARIANTS
+from wan_accel.optimizers import DEFAULT_OPTIM
 from wan_accel.parallel.degrees import usable_degrees
+from wan_accel.plan.ask import units_of_skeleton
+from wan_accel.plan.formula import Load, StepMemory, Trained, peak_of
+from wan_accel.plan.layout import Layout
+from wan_accel.plan.verdict import GIB, Budget
+from wan_accel.plan.weights import Unit, released_shapes
 
-GIB = 2**30
 GPU_GIB = 80.0
-# CUDA's context, NCCL's buffers, and what the allocator cannot use.
-RESERVED_GIB = 4.0
 CACHED_EPOCHS = 10
-# FSDP2 reduces gradients in fp32 (`parallel.fsdp.mixed_precision_policy`), a layer at a time: it waits for a layer's
-# reduction, and lets go of its buffer, before it fills the next one's.
-REDUCE_BYTES = 4
 
 
 def figures(
@@ -74,30 +78,30 @@ def whole_job(slice_: Slice, timed: Timed, encoders: dict[str, float] | str) -> 
 
 
 def full_model_gib(slice_: Slice, method: str, policy: str | float, saved: Saved, *, ulysses: int) -> float:
-    """GiB a GPU of the whole model: weights and their training state, activations, what a layer works with.
+    """GiB a GPU of the whole model at its peak, by the formula of `wan-accel plan` (`wan_accel.plan.formula`).
 
-    Sharded over all GPUs are the weights: 2 bytes each in LoRA, 16 in full training (fp32 master, gradient, two
-    moments), and 16 bytes of an adapter's. Gathered are two layers, the next one being fetched ahead, and the layers
-    around the blocks, in bf16. In full training there are gradients of a layer and of those around in bf16, and FSDP2's
-    buffer of the layer before in fp32, whose gradients are being summed over the ranks. What was measured on the slice
-    (activations, and a layer's working memory while it is differentiated) is divided by the Ulysses degree; the
+    What was measured on the slice stands in it for what is traced: what layers and the rest keep, and a layer's working
+    memory while it is differentiated, weight gradients of the slice among it, all divided by the Ulysses degree. The
     exchanges' outputs, which a slice on one GPU does not have, come on top. Of the size of latents are six tensors in
     fp32.
     """
-    size, num_gpus = slice_.row.dit, slice_.num_gpus[method]
-    layer, around = layer_parameters(size), other_parameters(slice_)
-    total = size.num_layers * layer + around
-    weights = total * (16 if method == "full" else 2)
-    if method == "lora":
-        weights += 16 * size.num_layers * RANK * (18 * size.dim + 2 * size.ffn_dim)
-    gathered = 2 * (2 * layer + around)
-    if method == "full":
-        gathered += 2 * (layer + around) + REDUCE_BYTES * layer
-    per_layer = saved.layers / slice_.num_layers + exchanged_bytes(slice_, policy, ulysses)
-    activations = (size.num_layers * per_layer + saved.around + saved.working) / ulysses
     frames, height, width = slice_.latents
-    latents = 6 * 4 * size.out_dim * frames * height * width
-    return (weights / num_gpus + gathered + activations + latents) / GIB
+    latents = 6 * 4 * slice_.row.dit.out_dim * frames * height * width
+    per_layer = saved.layers / slice_.num_layers + exchanged_bytes(slice_, policy, ulysses)
+    step = StepMemory(
+        layer=per_layer / ulysses, around=saved.around / ulysses + latents, working=saved.working / ulysses
+    )
+    layout = Layout(engine="fsdp2", world_size=slice_.num_gpus[method], ulysses=ulysses)
+    load = Load(num_layers=slice_.row.dit.num_layers, accumulates=True)
+    return peak_of(units(slice_.variant, method), layout, Trained(optim=DEFAULT_OPTIM), step, load).total / GIB
+
+
+@functools.cache
+def units(variant: str, method: str) -> tuple[Unit, ...]:
+    """The parameters of the released model, with a LoRA's adapters or all of them trained."""
+    row, lora = VARIANTS[variant], LoraSettings(r=RANK) if method == "lora" else None
+    techniques = Techniques(lora=lora, torch_dtype=torch.bfloat16 if lora else torch.float32)
+    return units_of_skeleton(row, released_shapes(row), techniques)
 
 
 def exchanged_bytes(slice_: Slice, policy: str | float, ulysses: int) -> float:
@@ -111,23 +115,8 @@ def exchanged_bytes(slice_: Slice, policy: str | float, ulysses: int) -> float:
     return (2 if policy == "none" else 4) * 2.0 * slice_.num_tokens * slice_.row.dit.dim
 
 
-def layer_parameters(size: DitSize) -> int:
-    """Matrices of a block: q, k, v, o twice, k and v of CLIP's tokens, feed-forward."""
-    return (10 if size.clip_dim is not None else 8) * size.dim**2 + 2 * size.dim * size.ffn_dim
-
-
-def other_parameters(slice_: Slice) -> int:
-    """Matrices around the blocks: embeddings of text, time, patches and CLIP, head, Animate's face blocks."""
-    size = slice_.row.dit
-    text_and_time = (size.text_dim + size.freq_dim + 8 * size.dim) * size.dim
-    patches = 4 * (size.in_dim + size.out_dim) * size.dim
-    clip = 0 if size.clip_dim is None else (size.clip_dim + size.dim) * size.clip_dim
-    face = 4 * size.dim**2 * -(-size.num_layers // FACE_BLOCK_EVERY) if slice_.row.has_animate_adapter else 0
-    return text_and_time + patches + clip + face
-
-
 def fits(needed_gib: float) -> bool:
-    return needed_gib <= GPU_GIB - RESERVED_GIB
+    return Budget(memory=GPU_GIB * GIB).holds(needed_gib * GIB)
 
 
 def least_ulysses(slice_: Slice, method: str, policy: str | float, saved: Saved) -> int | None:
