@@ -28,18 +28,19 @@ from wan_accel.live import load_live_encoder, open_live
 from wan_accel.logs import log_failure, log_to_file, start_logging
 from wan_accel.metrics import write_run_state
 from wan_accel.models.loading import CheckpointReader
-from wan_accel.models.variants import Expert, Variant, get_variant
+from wan_accel.models.variants import Expert, get_variant
 from wan_accel.nonfinite import NonFiniteError
 from wan_accel.parallel.agreement import announce_failure, announced_failure, from_main_rank
 from wan_accel.parallel.cpu import enable_fsdp_on_cpu
 from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.parallel.restarts import meet_anew
+from wan_accel.plan.misfit import check_fit
 from wan_accel.preemption import die_with_parent
 from wan_accel.recipe.arguments import training_arguments
 from wan_accel.recipe.check import check
 from wan_accel.recipe.commandline import parse_overrides, recipe_parser
 from wan_accel.recipe.load import load_recipe, to_yaml
-from wan_accel.recipe.schema import Recipe
+from wan_accel.recipe.schema import OnMisfit, Recipe
 from wan_accel.sample_schedule import choose_rows
 from wan_accel.sample_videos import add_sampling
 from wan_accel.sources import open_source
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.print_config:
             sys.stdout.write(to_yaml(recipe))
             return 0
-        trainer = build_trainer(recipe)
+        trainer = build_trainer(recipe, on_misfit=recipe.plan.on_misfit)
         trainer.check_space()
         resume = resume_path(recipe, trainer.args)
         if trainer.args.should_save:  # only now: a run that is refused must not touch another one's folder
@@ -84,12 +85,15 @@ def main(argv: list[str] | None = None) -> int:
         return 2  # a collective was broken off by a rank that has said why
 
 
-def build_trainer(recipe: Recipe, readers: Mapping[str, CheckpointReader] | None = None) -> WanTrainer:
+def build_trainer(
+    recipe: Recipe, readers: Mapping[str, CheckpointReader] | None = None, *, on_misfit: OnMisfit | None = None
+) -> WanTrainer:
     """Everything between a recipe and a trainer ready to run. Collective.
 
     Args:
         recipe: the recipe.
         readers: weights of each expert to start from, those of `model.checkpoint` by default.
+        on_misfit: what to do where training will not fit the GPUs; nothing is compared by default.
 
     Raises:
         ValueError: the recipe, dataset, checkpoint or layout cannot be used; nothing has been written.
@@ -108,8 +112,11 @@ def build_trainer(recipe: Recipe, readers: Mapping[str, CheckpointReader] | None
     applied = techniques_of(recipe, args.seed)
     readers = readers or {expert.name: open_weights(recipe, expert.name, applied.lora) for expert in experts}
     plan, eval_draws = plan_data(recipe, args, source, experts)
+    buckets = [plan.index.buckets[row] for row in plan.rows.tolist()]
     if args.process_index == 0:
-        logger.info("training on %s", _buckets_of(source, plan, variant))
+        logger.info("training on %s", describe_buckets(buckets, variant.num_tokens))
+    if on_misfit is not None:
+        check_fit(recipe, on_misfit, shapes=readers[experts[0].name], buckets=buckets, device=device)
     model = assemble_experts(
         variant,
         readers,
@@ -135,11 +142,6 @@ def build_trainer(recipe: Recipe, readers: Mapping[str, CheckpointReader] | None
     )
     add_sampling(trainer, recipe)
     return trainer
-
-
-def _buckets_of(source: LatentsDataset | MixedLatents, plan: StepPlan, variant: Variant) -> str:
-    buckets = source.index().buckets
-    return describe_buckets([buckets[row] for row in plan.rows.tolist()], variant.num_tokens)
 
 
 def _summarise(recipe: Recipe, source: LatentsDataset | MixedLatents, args: WanTrainingArguments) -> None:

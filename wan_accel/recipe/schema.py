@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field
 _STRICT = ConfigDict(extra="forbid", strict=False)
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+OnMisfit = Literal["warn", "error"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,6 +186,17 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What happens where a run will not fit its GPUs, by the formula of `wan-accel plan`, before weights are read.
+
+    on_misfit: `warn` and go on, or stop with an error. Nothing is compared where there are no GPUs.
+    """
+
+    __pydantic_config__ = _STRICT
+    on_misfit: OnMisfit = "warn"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SampleVideos:
     """Videos drawn from the live weights: clips, Euler steps, classifier-free guidance (1 means none).
 
@@ -227,5 +239,6 @@ class Recipe:
     objective: Objective = field(default_factory=Objective)
     parallel: Parallel = field(default_factory=Parallel)
     memory: Memory = field(default_factory=Memory)
+    plan: Plan = field(default_factory=Plan)
     validation: Validation = field(default_factory=Validation)
     training: dict[str, Any] = field(default_factory=dict)
