@@ -5,7 +5,7 @@ import dataclasses
 from transformers import TrainingArguments
 
 from wan_accel.arguments import WanTrainingArguments
-from wan_accel.recipe.arguments import ACCELERATES, OURS, PASSED, training_arguments
+from wan_accel.recipe.arguments import ACCELERATES, ADDED, OURS, PASSED, training_arguments
 from wan_accel.recipe.load import load_recipe
 
 
@@ -14,6 +14,7 @@ def test_every_field_is_classified_once() -> None:
     assert fields - PASSED - set(OURS) - ACCELERATES == set()
     assert not PASSED & set(OURS) and not PASSED & ACCELERATES and not ACCELERATES & set(OURS)
     assert fields >= PASSED
+    assert {field.name for field in dataclasses.fields(WanTrainingArguments)} - fields >= ADDED
 
 
 def test_recipe_to_arguments() -> None:

@@ -38,8 +38,6 @@ PASSED = frozenset(
         "save_strategy",
         "save_steps",
         "save_total_limit",
-        "async_save",
-        "hang_seconds",
         "seed",
         "run_name",
         "disable_tqdm",
@@ -65,6 +63,8 @@ PASSED = frozenset(
         "metric_for_best_model",
     ]
 )
+# WanTrainingArguments' own that stand in `training:` beside the library's; the others have sections of their own.
+ADDED = frozenset(["async_save", "hang_seconds"])
 # Owned by another key of the recipe.
 OURS = {
     "gradient_checkpointing": "memory.activation_checkpointing",
@@ -169,8 +169,8 @@ def problems_of(training: dict[str, Any], where: Callable[[str], str]) -> list[s
             problems.append(f"{where(field)}: training.{field}: belongs to {OURS[field]}")
         elif field in ACCELERATES:
             problems.append(f"{where(field)}: training.{field}: belongs to the accelerate config (--config_file)")
-        elif field not in PASSED:
-            near = difflib.get_close_matches(field, PASSED, n=1)
+        elif field not in PASSED | ADDED:
+            near = difflib.get_close_matches(field, PASSED | ADDED, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ": it is not a field of TrainingArguments"
             problems.append(f"{where(field)}: training.{field}: unknown key{hint}")
     for field in _STRATEGIES:
