@@ -39,7 +39,7 @@ def test_what_fits(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
     out = capsys.readouterr().out
     for line in (
         "t2v-a14b/lora_pair: fsdp2, 4 GPUs, ulysses 4, bf16 over fp32",
-        "1 x 5 frames of 64x32 (16 tokens) at once, 8 of 8 samples a step",
+        "1 x 5 frames of 64x32 (16 tokens) at once, 8 times a step of 8 samples",
         "not verified on a GPU",
         "all-to-all      dp_shard, 4 ranks",
         "predicted from data sheets",

@@ -1,5 +1,7 @@
 """Activations and temporaries: traced on shallow models, beside whole simulations and what was measured on a GPU."""
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from wan_accel.plan.simulate import Task, simulate
 from wan_accel.plan.trace import MicroStep, first_layers, trace
 from wan_accel.plan.verdict import GIB
 from wan_accel.plan.weights import ModelShapes, released_shapes
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import plan_memory
 
 SHAPES = {"t2v-a14b": Bucket(81, 480, 832), "ti2v-5b": Bucket(121, 704, 1280), "i2v-14b-480p": Bucket(81, 480, 832)}
 ONE = Layout(engine="fsdp2", world_size=8)
@@ -146,3 +151,21 @@ def test_memory_by_hand() -> None:
     del kept, fused
     assert memory.live.total() == 0
     assert torch.zeros(3).untyped_storage().resize_(0).nbytes() == 0  # as torch has it, again
+
+
+def test_the_comparison_with_a_gpu_claims_nothing_without_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows say what the trace says; a row of a GPU's that is off by more than 10% is a failure."""
+    options = ["--variants", "t2v-a14b", "--methods", "full", "--policies", "full", "--layers", "2"]
+    assert plan_memory.main([*options, "--out", str(tmp_path / "rows.json")]) == 0
+    (found,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert found["note"] == "no GPU: not compared" and not {"peak_gib", "error", "close"} & set(found)
+    assert found["planned_kept_gib"] > 2 * 0.31 and found["planned_peak_gib"] > found["planned_kept_gib"]
+    peak = found["planned_peak_gib"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    for measured, code in ((0.95 * peak, 0), (0.85 * peak, 1)):
+        monkeypatch.setattr(plan_memory, "planned", lambda *_: {"planned_peak_gib": peak})
+        monkeypatch.setattr(plan_memory, "allocated", lambda *_, m=measured: {"peak_gib": m})
+        assert plan_memory.main(options) == code

@@ -57,7 +57,7 @@ def _header(report: Report) -> Iterator[str]:
     )
     yield (
         f"{'batch':<11}{batches.num_samples} x {bucket.num_frames} frames of {bucket.height}x{bucket.width} "
-        f"({ask.num_tokens:,} tokens) at once, {batches.num_micro_steps} of {batches.step_samples} samples a step"
+        f"({ask.num_tokens:,} tokens) at once, {batches.num_micro_steps} times a step of {batches.step_samples} samples"
     )
     memory = ask.recipe.memory
     yield (

@@ -120,7 +120,9 @@ def _simulate(task: Task) -> Simulated:
         )  # fmt: skip
         memory.restart_peak()
         with counter:
-            kept = run_micro_step(model, task.variant, batch, memory, weighting=task.weighting)
+            kept = run_micro_step(
+                model, task.variant, batch, lambda: memory.live["other"], weighting=task.weighting
+            )
         fixed = {purpose: memory.live[purpose] for purpose in FIXED}
         del optimizer, averages  # were held in memory until here
     return Simulated(

@@ -81,7 +81,7 @@ def trace(step: MicroStep, layout: Layout) -> StepMemory:
     """Bytes a rank that a micro step adds, but for collectives' buffers and gradients."""
     few, more = (FACE_BLOCK_EVERY, 2 * FACE_BLOCK_EVERY) if step.variant.has_animate_adapter else (2, 3)
     num_layers = count_blocks(step.shapes.shapes, "blocks.")
-    tracer = _Tracer(step, layout)
+    tracer = Tracer(step, layout)
     if num_layers <= more:  # a tiny model: all of it
         kept, working = tracer.run(num_layers)
         return StepMemory(layer=0, around=kept, working=working)
@@ -91,7 +91,7 @@ def trace(step: MicroStep, layout: Layout) -> StepMemory:
     return StepMemory(layer=layer, around=kept_few - few * layer, working=working)
 
 
-class _Tracer:
+class Tracer:
     """Models of several depths under one compiler, which makes the graphs of their blocks once."""
 
     def __init__(self, step: MicroStep, layout: Layout) -> None:
@@ -103,34 +103,43 @@ class _Tracer:
 
     def run(self, num_layers: int) -> tuple[int, int]:
         """Bytes that a model of some layers keeps between forward and backward, and the peak's beyond these."""
-        step, layout, memory = self._step, self._layout, self._memory
+        step, memory = self._step, self._memory
         shapes = first_layers(step.shapes, num_layers)
-        autocast = layout.is_mixed and layout.engine in ("single", "ddp")
-        model = self._model(shapes, as_gathered=layout.is_mixed and not autocast)
+        model = gathered_model(step, shapes, self._layout)
+        if self._blocks is not None:
+            self._blocks.compile(model)
         with self._fake, gpu_operators(), memory:
             before = memory.live["other"]
             with memory.counted_as("parameters"):
                 model.to_empty(device=CPU)
-            _drop_gradients(model)
+            drop_gradients(model)
             batch = micro_batch(step.variant, shapes, step.bucket, step.num_samples, text_length=step.text_length)
             memory.restart_peak()
-            kept = run_micro_step(model, step.variant, batch, memory, weighting=step.weighting, autocast=autocast)
+            kept = run_micro_step(
+                model, step.variant, batch, lambda: memory.live["other"], weighting=step.weighting,
+                autocast=is_autocast(self._layout),
+            )  # fmt: skip
         return kept - before, memory.peak["other"] - kept
 
-    def _model(self, shapes: FirstLayers, *, as_gathered: bool) -> WanDenoiser:
-        step, alone = self._step, ParallelDims(world_size=1)
-        model = build_skeleton(step.variant, shapes, as_traced(step.techniques), alone, CPU)
-        model.text_length = step.text_length
-        if self._layout.ulysses > 1:
-            split_tokens(model, OneOfGroup(self._layout.ulysses))
-        if as_gathered:
-            model.to(torch.bfloat16)
-        if self._blocks is not None:
-            self._blocks.compile(model)
-        return model
+
+def is_autocast(layout: Layout) -> bool:
+    """Whether bf16 comes from autocast, and not from the parameters that are gathered."""
+    return layout.is_mixed and layout.engine in ("single", "ddp")
 
 
-def _drop_gradients(model: WanDenoiser) -> None:
+def gathered_model(step: MicroStep, shapes: TensorShapes, layout: Layout) -> WanDenoiser:
+    """A model on the meta device in the dtype that it computes with, whole, not compiled yet."""
+    alone = ParallelDims(world_size=1)
+    model = build_skeleton(step.variant, shapes, as_traced(step.techniques), alone, CPU)
+    model.text_length = step.text_length
+    if layout.ulysses > 1:
+        split_tokens(model, OneOfGroup(layout.ulysses))
+    if layout.is_mixed and not is_autocast(layout):
+        model.to(torch.bfloat16)
+    return model
+
+
+def drop_gradients(model: WanDenoiser) -> None:
     """Free a gradient where it would be reduced: its buffers are counted elsewhere."""
 
     def drop(parameter: nn.Parameter) -> None:
