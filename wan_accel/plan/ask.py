@@ -80,6 +80,10 @@ class Ask:
         return self.recipe.training.get("save_total_limit", DEFAULTS["save_total_limit"])
 
     @property
+    def is_async_save(self) -> bool:
+        return bool(self.recipe.training.get("async_save", True))
+
+    @property
     def checkpoint(self) -> Path:
         """The folder of the checkpoint, which need not exist."""
         name = self.recipe.model.checkpoint

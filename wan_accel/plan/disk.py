@@ -36,6 +36,7 @@ def disk_of(
     clips: Mapping[Bucket, int],
     known_variants: int,
     kept: int | None,
+    is_async: bool,
 ) -> Disk:
     """Sizes of a run's checkpoints and latents folder."""
     weights = [weight for unit in units for weight in unit.trained()]
@@ -45,7 +46,7 @@ def disk_of(
         checkpoint=how.num_experts * one,
         kept=kept,
         cache=sum(count * clip_bytes(variant, bucket, known_variants) for bucket, count in clips.items()),
-        staged=_staged(units, layout, how, fixed),
+        staged=_staged(units, layout, how, fixed) if is_async else 0,
     )
 
 

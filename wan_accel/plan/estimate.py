@@ -127,7 +127,7 @@ class Planner:
         step = self._rank_step(ask, traffic, fixed)
         disk = disk_of(
             self.units, ask.layout, ask.how, fixed, variant=ask.variant, clips=ask.clips,
-            known_variants=ask.recipe.cache.known_variants, kept=ask.checkpoints_kept,
+            known_variants=ask.recipe.cache.known_variants, kept=ask.checkpoints_kept, is_async=ask.is_async_save,
         )  # fmt: skip
         times = tuple(predict(step, ask.layout, gpu) for gpu in self._gpus)
         return Estimate(ask=ask, method=method, fixed=fixed, peak=peak, traffic=traffic, disk=disk, times=times)
