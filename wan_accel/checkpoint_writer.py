@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 
 from wan_accel.checkpoint import Manifest, commit
 from wan_accel.file_sums import FileSum, SummingFileSystem, sum_file
@@ -187,6 +187,15 @@ def to_host(state: Any) -> Any:
     if isinstance(state, (list, tuple)):
         return type(state)(to_host(value) for value in state)
     return state
+
+
+def can_be_copied(state: Any) -> bool:
+    """Whether `to_host` copies all of it: of torchao's quantised tensors parts on the CPU stay those of training."""
+    if isinstance(state, Tensor):
+        local = state.to_local() if hasattr(state, "to_local") else state
+        return type(local) in (Tensor, nn.Parameter)
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return all(can_be_copied(value) for value in values)
 
 
 def host_bytes(state: Any) -> int:

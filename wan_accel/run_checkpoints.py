@@ -17,7 +17,7 @@ from transformers.training_args import OptimizerNames
 
 from wan_accel import checkpoint, ema
 from wan_accel.checkpoint import Manifest
-from wan_accel.checkpoint_writer import Job, host_bytes
+from wan_accel.checkpoint_writer import Job, can_be_copied, host_bytes
 from wan_accel.optimizer_settings import put_settings, resume_schedule, settings_of
 from wan_accel.training_state import load_weights, training_state
 
@@ -73,7 +73,7 @@ def _write_small_files(trainer: "WanTrainer", folder: Path) -> None:
 
 def _can_stage(trainer: "WanTrainer", job: Job) -> bool:
     """Whether to copy a checkpoint to host memory, so that training goes on while it is written."""
-    if not trainer.args.async_save:
+    if not trainer.args.async_save or not can_be_copied(dict(job.parts)):  # the latter: an 8-bit optimizer's state
         return False
     needed = host_bytes(dict(job.parts)) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free = psutil.virtual_memory().available
