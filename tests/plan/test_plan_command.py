@@ -65,6 +65,29 @@ def test_every_engine_as_json(engine: str, checkpoint: Path, capsys: pytest.Capt
     assert found["nearest"] == []
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["training.optim=adamw_torch_8bit"],
+        ["memory.compile=true", "memory.fp8=true", "model.expert=high"],
+        ["data.on_the_fly=[video, text]", "data.latents=latents", "data.clips=clips", "model.expert=high"],
+    ],
+    ids=["8-bit optimizer", "fp8", "encoders"],
+)
+def test_what_changes_memory(options: list[str], checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
+    def planned(*more: str) -> dict[str, Any]:
+        assert plan(*tiny(checkpoint, "parallel.ulysses=2", *more), "--json", "--gpu", "H100") == 0
+        return json.loads(capsys.readouterr().out)
+
+    found, plain = planned(*options), planned(*(option for option in options if option.startswith("model.")))
+    if "fp8" in str(options):
+        assert found["predicted"][0]["compute"] < plain["predicted"][0]["compute"]
+    elif "8bit" in str(options):
+        assert 0 < found["after_a_step"]["optimizer"] < plain["after_a_step"]["optimizer"]
+    else:
+        assert plain["peak"]["encoders"] == 0 < found["peak"]["encoders"]
+
+
 def test_what_does_not_fit_and_what_would(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = tiny(checkpoint, "--shape", "41,256,256", "memory.activation_checkpointing=none", "parallel.ulysses=1")
     assert plan(*arguments, "--gpu_memory", "60MiB", "--json") == 1

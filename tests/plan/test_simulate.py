@@ -68,7 +68,7 @@ def task_for(
     )
     return Task(
         variant=VARIANTS[variant], shapes=shapes, techniques=techniques, layout=layout,
-        bucket=BUCKET, num_samples=1, optimizer=OPTIMIZERS[optim], text_length=TEXT_LENGTH, **more,
+        bucket=BUCKET, num_samples=1, optim=optim, optimizer=OPTIMIZERS[optim], text_length=TEXT_LENGTH, **more,
     )  # fmt: skip
 
 

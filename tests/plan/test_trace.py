@@ -100,7 +100,7 @@ def test_formula_and_simulation_agree(variant: str, method: str, policy: str, la
     found = simulate(
         Task(
             variant=row, shapes=shapes, techniques=techniques, layout=layout, bucket=SHAPES[variant], num_samples=1,
-            optimizer=lambda parameters: torch.optim.AdamW(parameters, fused=True),
+            optim="adamw_torch_fused", optimizer=lambda parameters: torch.optim.AdamW(parameters, fused=True),
         )
     )  # fmt: skip
     step = trace(

@@ -121,8 +121,11 @@ def units_of_skeleton(variant: Variant, shapes: TensorShapes, techniques: Techni
     return units_of(build_skeleton(variant, shapes, as_traced(techniques), alone, CPU))
 
 
-def optimizer_of(recipe: Recipe) -> MakeOptimizer:
-    """Makes the optimizer that Trainer would make, with the kernels that it would have on a GPU."""
+def optimizer_of(recipe: Recipe) -> MakeOptimizer | None:
+    """Makes the optimizer that Trainer would make, with the kernels that it would have on a GPU.
+
+    None for those of other packages: torchao compiles its step, and asks tensors for their values.
+    """
     from transformers import Trainer
 
     from wan_accel.arguments import WanTrainingArguments
@@ -130,6 +133,8 @@ def optimizer_of(recipe: Recipe) -> MakeOptimizer:
 
     arguments = WanTrainingArguments(**{**training_arguments(recipe), "use_cpu": True})
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
-    if kind.__module__.startswith("torch.optim") and not options.get("fused"):
+    if not kind.__module__.startswith("torch.optim"):
+        return None
+    if not options.get("fused"):
         options = {**options, "foreach": True}
     return lambda parameters: kind(list(parameters), **options)

@@ -161,6 +161,7 @@ def _task(ask: Ask) -> Task:
         layout=ask.layout,
         bucket=ask.batches.bucket,
         num_samples=ask.batches.num_samples,
+        optim=ask.how.optim,
         optimizer=optimizer_of(ask.recipe),
         accumulates=ask.accumulates,
         has_ema=ask.how.ema == "accelerator",

@@ -23,6 +23,7 @@ from wan_accel.models.reader import TensorShapes
 from wan_accel.models.recompute import recompute_of
 from wan_accel.models.variants import TEXT_LENGTH, Variant
 from wan_accel.objective import Weighting
+from wan_accel.optimizers import state_bytes
 from wan_accel.parallel.fsdp import fully_shard_denoiser
 from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.plan.batch import micro_batch
@@ -42,7 +43,8 @@ MakeOptimizer = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
 class Task:
     """A micro step to simulate.
 
-    bucket, num_samples: of the micro-batch. optimizer: makes the run's optimizer over some parameters.
+    bucket, num_samples: of the micro-batch. optim: `training.optim`. optimizer: makes that over some parameters, None
+    where it cannot step on fake tensors; its state is then counted by formula.
     accumulates: an optimizer step has several micro-batches, so gradients are there from the start. has_ema: an average
     of the trained weights lies on the GPU.
     """
@@ -53,7 +55,8 @@ class Task:
     layout: Layout
     bucket: Bucket
     num_samples: int
-    optimizer: MakeOptimizer
+    optim: str
+    optimizer: MakeOptimizer | None
     accumulates: bool = False
     has_ema: bool = False
     weighting: Weighting = "none"
@@ -112,7 +115,7 @@ def _simulate(task: Task) -> Simulated:
         with memory.counted_as("parameters"):
             model.to_empty(device=CPU)
         averages = _averages(model, memory) if task.has_ema else []
-        optimizer, temporaries = _step_optimizer(model, task, memory)
+        optimizer, temporaries = _optimizer_state(model, task, memory)
         if task.accumulates:
             _add_gradients(model, memory)
         batch = micro_batch(
@@ -177,22 +180,26 @@ def _averages(model: WanDenoiser, memory: TrackMemory) -> list[Tensor]:
         return [torch.empty_like(_local(parameter.detach())) for parameter in _trained(model)]
 
 
-def _step_optimizer(
-    model: WanDenoiser, task: Task, memory: TrackMemory
-) -> tuple[torch.optim.Optimizer, int]:
-    """The run's optimizer over this rank's shards, after a step that makes its state; and what the next one adds.
-
-    On local tensors: what DTensors propagate on fake ones is as large as the whole model.
-    """
+def _optimizer_state(model: WanDenoiser, task: Task, memory: TrackMemory) -> tuple[object, int]:
+    """What holds the optimizer's state for this rank's shards, and what a step adds to it."""
+    # On local tensors: what DTensors propagate on fake ones is as large as the whole model.
     shards = [nn.Parameter(_local(parameter.detach())) for parameter in _trained(model)]
+    with memory.counted_as("optimizer"):
+        if task.optimizer is None:
+            return [torch.empty(state_bytes(task.optim, shard.shape), dtype=torch.uint8) for shard in shards], 0
+        return _step(task.optimizer(shards), shards, memory)
+
+
+def _step(
+    optimizer: torch.optim.Optimizer, shards: Sequence[nn.Parameter], memory: TrackMemory
+) -> tuple[torch.optim.Optimizer, int]:
+    """An optimizer after a step that makes its state, and what the next one adds."""
     with memory.counted_as("gradients"):
         for shard in shards:
             shard.grad = torch.empty_like(shard)
-    optimizer = task.optimizer(shards)
-    with memory.counted_as("optimizer"):
-        optimizer.step()  # what this makes beside its state is the first step's alone
-        memory.restart_peak()
-        optimizer.step()
+    optimizer.step()  # what this makes beside its state is the first step's alone
+    memory.restart_peak()
+    optimizer.step()
     temporaries = memory.peak.total() - memory.live.total()
     for shard in shards:
         shard.grad = None
