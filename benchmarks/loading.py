@@ -11,10 +11,7 @@ import os
 import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from memory import peak_anonymous_bytes
 from ranks import run_ranks
 
 from wan_accel.models.reader import CheckpointReader
@@ -67,35 +65,29 @@ class CountingReader(CheckpointReader):
         self.asked: list[tuple[str, slice | None]] = []
         self.num_bytes = 0
 
-    def _read_stored(self, name: str, rows: slice | None) -> torch.Tensor:
-        tensor = super()._read_stored(name, rows)
+    def _read_stored_into(self, name: str, rows: slice | None, target: torch.Tensor) -> None:
+        super()._read_stored_into(name, rows, target)
         self.asked.append((name, rows))
-        self.num_bytes += tensor.nbytes
-        return tensor
+        self.num_bytes += self.place(name, rows)[2]
+
+    def place(self, name: str, rows: slice | None) -> tuple[str, int, int]:
+        """File, offset and length of a tensor's rows, from the header that safetensors files begin with."""
+        file = self._owner[name]
+        return file, *self._places[file].place(name, rows)
 
     def read_plainly(self) -> float:
-        """Seconds that it takes to read the same bytes with pread into one buffer."""
-        places = [self._place(name, rows) for name, rows in self.asked]
-        buffer = memoryview(bytearray(max(length for _, _, length in places)))
+        """Seconds of CPU time that it takes to read the same bytes with pread into memory that is there already."""
+        places = [self.place(name, rows) for name, rows in self.asked]
+        buffer, filled = memoryview(bytearray(sum(length for _, _, length in places))), 0
         files = {file: os.open(self.folder / file, os.O_RDONLY) for file, _, _ in places}
-        started = time.perf_counter()
+        started = time.process_time()
         for file, offset, length in places:
-            os.preadv(files[file], [buffer[:length]], offset)
-        seconds = time.perf_counter() - started
+            os.preadv(files[file], [buffer[filled : filled + length]], offset)
+            filled += length
+        seconds = time.process_time() - started
         for descriptor in files.values():
             os.close(descriptor)
         return seconds
-
-    def _place(self, name: str, rows: slice | None) -> tuple[str, int, int]:
-        """File, offset and length of a tensor's rows, from the header that safetensors files begin with."""
-        file = self._owner[name]
-        with (self.folder / file).open("rb") as stream:
-            header_bytes = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(header_bytes))
-        (first, end), shape = header[name]["data_offsets"], header[name]["shape"]
-        start, stop, _ = (rows or slice(None)).indices(shape[0] if shape else 1)
-        row_bytes = (end - first) // max(shape[0] if shape else 1, 1)
-        return file, 8 + header_bytes + first + start * row_bytes, max(stop - start, 0) * row_bytes
 
 
 def load(folder: str, repeats: int) -> dict[str, Any]:
@@ -118,11 +110,12 @@ def load(folder: str, repeats: int) -> dict[str, Any]:
     dims = ParallelDims(world_size=args.world_size)
     with peak_anonymous_bytes() as held:
         model = assemble(VARIANTS["t2v-1.3b"], reader, techniques, engine=engine, dims=dims, device=device)
+    itemsize = torch.finfo(techniques.torch_dtype).bits // 8
     found = {
         "local_bytes": sum(_local(parameter).nbytes for parameter in model.parameters()),
         "read_bytes": reader.num_bytes,
         "held_bytes": held[0],
-        "largest_bytes": max(torch.Size(shape).numel() for shape in reader.shapes.values()) * 2,
+        "largest_bytes": max(torch.Size(shape).numel() for shape in reader.shapes.values()) * itemsize,
     }
     timings = [_refill(model, Path(folder), fill_parameters) for _ in range(repeats if engine != "zero3" else 0)]
     ratios = [ours / plain for ours, plain in timings]
@@ -133,9 +126,9 @@ def _refill(model: torch.nn.Module, folder: Path, fill: Any) -> tuple[float, flo
     """Seconds of filling a model from the warm page cache, and of reading the same bytes plainly."""
     reader = CountingReader(folder)
     _together()
-    started = time.perf_counter()
+    started = time.process_time()
     fill(model, reader, seed=0)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     _together()
     return seconds, reader.read_plainly()
 
@@ -153,32 +146,6 @@ def _local(parameter: Any) -> torch.Tensor:
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
-@contextmanager
-def peak_anonymous_bytes() -> Iterator[list[int]]:
-    """The most anonymous memory above what there was before, sampled every 10 ms; a list of one, filled at the end."""
-    before, peak, done = _anonymous_bytes(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.01):
-            peak[0] = max(peak[0], _anonymous_bytes() - before)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
-        peak[0] = max(peak[0], _anonymous_bytes() - before)
-
-
-def _anonymous_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError("this kernel does not say RssAnon")
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=2.0, help="size of the synthetic checkpoint")
@@ -187,9 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         total = write_checkpoint(Path(folder) / "model", arguments.gib)
         print(f"a checkpoint of {total / GIB:.2f} GiB in {NUM_FILES} files; MiB of the worst rank")
-        print(
-            "| engine, ranks | shard | read | anonymous memory | of shard | largest tensor | time, of plain |"
-        )
+        print("| engine, ranks | shard | read | anonymous memory | of shard | largest tensor | time, of plain |")
         print("|---|---|---|---|---|---|---|")
         for engine, size in LAYOUTS:
             rows = run_ranks(load, size, f"{folder}/model", arguments.repeats, engine=engine, timeout_seconds=1200)

@@ -19,6 +19,7 @@ from wan_accel.models.errors import CheckpointError
 from wan_accel.models.layouts import diffusers_modules, original_module, original_sources
 from wan_accel.models.loading import build_denoiser, dit_folder, load_wan
 from wan_accel.models.reader import CheckpointReader, is_constant
+from wan_accel.models.safetensors_file import SafetensorsFile
 from wan_accel.models.variants import get_variant
 
 # Both compute in fp32, in another order of operations.
@@ -62,7 +63,27 @@ def test_rows_of_every_tensor_are_slices_of_the_whole(tmp_path: Path) -> None:
         assert whole.shape == shape
         if shape:
             for start, stop in ((0, shape[0] // 2), (shape[0] // 2 - 1, shape[0]), (shape[0], shape[0])):
-                assert torch.equal(reader.read(name, slice(max(start, 0), stop)), whole[max(start, 0) : stop]), name
+                rows = slice(max(start, 0), stop)
+                assert torch.equal(reader.read(name, rows), whole[rows]), name
+                assert torch.equal(read_into(reader, name, rows, torch.empty_like(whole[rows])), whole[rows]), name
+        assert torch.equal(read_into(reader, name, None, torch.empty(shape, dtype=torch.float64)), whole.double())
+        strided = torch.empty(*shape, 2)[..., 0]
+        assert torch.equal(read_into(reader, name, None, strided), whole), name
+
+
+def read_into(reader: CheckpointReader, name: str, rows: slice | None, target: torch.Tensor) -> torch.Tensor:
+    reader.read_into(name, target.fill_(torch.nan), rows)
+    return target
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_no_weights(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(8, 8)}, file)
+    stored = SafetensorsFile(file)
+    with file.open("rb+") as stream:
+        stream.truncate(file.stat().st_size - 16)
+    with pytest.raises(OSError, match="ends inside of a: it was changed"):
+        stored.read_into("a", None, torch.empty(8, 8))
 
 
 @pytest.mark.parametrize("prefix", ["", "pipe.dit.", "dit.", "model.", "diffusion_model.", "model.diffusion_model."])

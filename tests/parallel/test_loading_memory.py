@@ -44,16 +44,17 @@ def test_plain_reading_is_of_the_same_bytes(folder: Path) -> None:
     for name in list(reader.shapes)[::7]:
         rows = slice(1, 3) if reader.shapes[name] and reader.shapes[name][0] > 3 else None
         tensor = reader.read(name, rows)
-        file, offset, length = reader._place(*reader.asked[-1])
+        reader.read_into(name, torch.empty_like(tensor), rows)
+        file, offset, length = reader.place(*reader.asked[-1])
         content = (folder / file).read_bytes()[offset : offset + length]
         assert torch.frombuffer(bytearray(content), dtype=torch.bfloat16).equal(tensor.flatten())
     assert reader.read_plainly() > 0
 
 
-def test_zero3_reads_once_and_holds_two_shards(folder: Path) -> None:
-    """Rank 0 reads all; DeepSpeed makes each parameter whole before it partitions it, and malloc keeps some of that."""
+def test_zero3_reads_once_and_holds_its_shard(folder: Path) -> None:
+    """Rank 0 reads all; DeepSpeed makes each parameter whole before it partitions it."""
     found = run_ranks(load, 2, str(folder), 1, engine="zero3")
     assert [row["read_bytes"] > 0 for row in found] == [True, False]
     for row in found:
         assert row["local_bytes"] == pytest.approx(found[0]["read_bytes"], rel=0.01)  # half of them, in fp32
-        assert row["held_bytes"] <= 2 * row["local_bytes"] + 2 * row["largest_bytes"] + 4 * REST
+        assert row["held_bytes"] <= 1.3 * row["local_bytes"] + row["largest_bytes"] + REST

@@ -29,6 +29,9 @@ class DerivedReader(CheckpointReader):
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         return self.inner.read(name, rows)
 
+    def read_into(self, name: str, target: Tensor, rows: slice | None = None) -> None:
+        target.copy_(self.read(name, rows).reshape(target.shape))
+
 
 class MergedReader(DerivedReader):
     """A checkpoint with a LoRA added to its weights while they are read: W + scale * lora_B @ lora_A, in fp32.
@@ -100,8 +103,14 @@ class OverlaidReader(DerivedReader):
         self.replaced = {name: shape for name, shape in inner.shapes.items() if part(name) in touched}
         self.shapes = {name: shape for name, shape in inner.shapes.items() if name not in self.replaced} | top.shapes
 
+    def _holder(self, name: str) -> CheckpointReader:
+        return self.top if name in self.top.shapes else self.inner
+
     def dtype(self, name: str) -> torch.dtype:
-        return (self.top if name in self.top.shapes else self.inner).dtype(name)
+        return self._holder(name).dtype(name)
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        return (self.top if name in self.top.shapes else self.inner).read(name, rows)
+        return self._holder(name).read(name, rows)
+
+    def read_into(self, name: str, target: Tensor, rows: slice | None = None) -> None:
+        self._holder(name).read_into(name, target, rows)

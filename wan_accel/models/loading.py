@@ -159,32 +159,31 @@ def _compare_adapter(model: nn.Module, reader: CheckpointReader) -> None:
 
 
 def _fill(name: str, parameter: nn.Parameter, reader: CheckpointReader, seed: int) -> None:
-    target = parameter.data
-    rows = None
-    if isinstance(target, DTensor):
-        rows = local_rows(target)
-        target = target.to_local()
+    if isinstance(parameter, DTensor):
+        rows, target = local_rows(parameter), parameter.to_local()
+    else:
+        rows, target = None, parameter.data
     if is_lora(name):
-        value = reader.adapter.get(name)
-        value = initial_lora_value(name, tuple(parameter.shape), seed) if value is None else value
-        value = value if rows is None else value[rows]
+        given = reader.adapter.get(name)
+        value = initial_lora_value(name, tuple(parameter.shape), seed) if given is None else given
     elif base_name(name) not in reader.shapes and is_constant(name):
         value = make_kernel([1, 3, 3, 1])
-        value = value if rows is None else value[rows]
     else:
-        value = reader.read(base_name(name), rows)
-    target.copy_(value.reshape(target.shape))
+        reader.read_into(base_name(name), target, rows)
+        return
+    target.copy_((value if rows is None else value[rows]).reshape(target.shape))
 
 
 def local_rows(parameter: DTensor) -> slice:
     """The rows of dim 0 that this rank holds (`fully_shard` shards dim 0 in ceil-sized chunks)."""
     mesh = parameter.device_mesh
+    coordinate = mesh.get_coordinate() or ()  # every rank is in the mesh of its own parameters
     for axis, placement in enumerate(parameter.placements):
         if isinstance(placement, Shard):
             if placement.dim != 0:
                 raise NotImplementedError(f"sharding of dim {placement.dim} is not supported")
             chunk = -(-parameter.shape[0] // mesh.size(axis))
-            start = min(mesh.get_local_rank(axis) * chunk, parameter.shape[0])
+            start = min(coordinate[axis] * chunk, parameter.shape[0])
             return slice(start, min(start + chunk, parameter.shape[0]))
     return slice(0, parameter.shape[0])
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from wan_accel.listing import first_few
 from wan_accel.models.errors import CheckpointError
 from wan_accel.models.layouts import Source, original_sources
+from wan_accel.models.safetensors_file import SafetensorsFile
 
 
 class TensorShapes(Protocol):
@@ -43,10 +44,14 @@ class CheckpointReader:
         self.folder = folder
         self.adapter: Mapping[str, Tensor] = {}
         self._files = {}
+        self._places: dict[str, SafetensorsFile] = {}
+        self._scratch = torch.empty(0, dtype=torch.uint8)
         self._owner: dict[str, str] = {}
-        stored: dict[str, tuple[int, ...]] = {}
+        self._stored_shapes: dict[str, tuple[int, ...]] = {}
+        stored = self._stored_shapes
         for path in self._paths():
             handle = self._files[path.name] = open_safetensors(path)
+            self._places[path.name] = SafetensorsFile(path)
             for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no dict)
                 if name in stored:
                     raise CheckpointError(
@@ -100,24 +105,45 @@ class CheckpointReader:
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """Read a tensor, or only some rows of its dim 0 (bytes outside them are not read)."""
         source = self._sources[name]
-        if len(source.names) == 1 and source.shape == self._stored_shape(source.names[0]):
+        if len(source.names) == 1 and source.shape == self._stored_shapes[source.names[0]]:
             return self._read_stored(source.names[0], rows)
         if len(source.names) == 1:  # the same bytes in another shape; such tensors are small
             whole = self._read_stored(source.names[0], None).reshape(source.shape)
             return whole if rows is None else whole[rows]
         return torch.cat([self._read_stored(part, taken) for part, taken in self._parts(source, rows)])
 
+    def read_into(self, name: str, target: Tensor, rows: slice | None = None) -> None:
+        """`read` into a tensor that is there, of any dtype and device and as many elements."""
+        source = self._sources[name]
+        stored = source.names[0]
+        dtype = self._places[self._owner[stored]].dtype(stored)
+        if len(source.names) > 1 or source.shape != self._stored_shapes[stored] or dtype is None:
+            target.copy_(self.read(name, rows).reshape(target.shape))
+        elif target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
+            self._read_stored_into(stored, rows, target)
+        else:
+            buffer = self._scratch_of(target, dtype)
+            self._read_stored_into(stored, rows, buffer)
+            target.copy_(buffer)
+
+    def _scratch_of(self, target: Tensor, dtype: torch.dtype) -> Tensor:
+        """A CPU tensor of a target's shape that the next call gives again; pinned for a GPU to copy from."""
+        length = target.numel() * dtype.itemsize
+        if len(self._scratch) < length:
+            self._scratch = torch.empty(length, dtype=torch.uint8, pin_memory=target.device.type == "cuda")
+        return self._scratch[:length].view(dtype).view(target.shape)
+
+    def _read_stored_into(self, name: str, rows: slice | None, target: Tensor) -> None:
+        self._places[self._owner[name]].read_into(name, rows, target)
+
     def _parts(self, source: Source, rows: slice | None) -> Iterator[tuple[str, slice]]:
         """The stored tensors that hold the asked rows, and which of theirs those are."""
         first, last, _ = (rows or slice(None)).indices(source.shape[0])
         start = 0
         for name in source.names:
-            length = self._stored_shape(name)[0]
+            length = self._stored_shapes[name][0]
             yield name, slice(min(max(first - start, 0), length), min(max(last - start, 0), length))
             start += length
-
-    def _stored_shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[self._owner[name]].get_slice(name).get_shape())
 
     def _read_stored(self, name: str, rows: slice | None) -> Tensor:
         piece = self._files[self._owner[name]].get_slice(name)
