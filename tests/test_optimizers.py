@@ -1,6 +1,7 @@
 """Every optimizer that `training.optim` may name, on every engine that it may be used with; the others are refused."""
 
 import gc
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,16 @@ def test_which_are_usable() -> None:
         "training.optim=lion_8bit cannot be used: it is not tested here; use adamw_torch, adamw_torch_fused, sgd, "
         "adafactor, adamw_torch_8bit"
     )
+
+
+def test_a_checkpoint_needs_the_disk_that_its_optimizer_fills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = {"a": [1024, 512], "b": [8]}
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=8 * 1024 * 512))
+    checkpoint.check_space(tmp_path, trained, optim="adamw_torch_8bit")  # 4 and 2.03 bytes an element
+    for optim, has_ema in (("adamw_torch", False), ("adamw_torch_8bit", True)):
+        with pytest.raises(checkpoint.NoSpaceError, match="a checkpoint needs"):
+            checkpoint.check_space(tmp_path, trained, optim=optim, has_ema=has_ema)
 
 
 def test_check_refuses_the_others() -> None:

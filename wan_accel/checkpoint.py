@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from wan_accel.ema import ema_tensors
 from wan_accel.file_sums import FileSum, wrong_sizes
 from wan_accel.listing import first_few
 from wan_accel.models.variants import BOTH
+from wan_accel.optimizers import state_bytes
 from wan_accel.parallel.agreement import from_main_rank
 from wan_accel.parallel.engine import Engine
 from wan_accel.stored_tensors import ReadTensor, dcp_tensors, zero_tensors
@@ -35,9 +36,7 @@ FORMAT = "wan-accel/checkpoint@1"
 MANIFEST = "manifest.json"
 
 
-# fp32 weights and AdamW's two moments; the rest of a checkpoint is small.
-_BYTES_PER_ELEMENT = 12
-_EMA_BYTES_PER_ELEMENT = 4
+_FP32 = 4
 
 
 class NoSpaceError(ValueError):
@@ -154,14 +153,21 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
-def check_space(output_dir: Path, trained: dict[str, list[int]], *, has_ema: bool = False) -> None:
+def check_space(output_dir: Path, trained: Mapping[str, Sequence[int]], *, optim: str, has_ema: bool = False) -> None:
     """Check that the disk holds a checkpoint of these tensors, before anything is written.
+
+    Args:
+        output_dir: of the run.
+        trained: name -> shape.
+        optim: `training.optim`, whose state is in it.
+        has_ema: moving averages are, too.
 
     Raises:
         NoSpaceError: it does not. Checkpoints that are there already are untouched.
     """
-    bytes_per_element = _BYTES_PER_ELEMENT + _EMA_BYTES_PER_ELEMENT * has_ema
-    needed = bytes_per_element * sum(math.prod(shape) for shape in trained.values())
+    # fp32 weights, averages, and the optimizer's state; the rest of a checkpoint is small.
+    weights = _FP32 * (2 if has_ema else 1)
+    needed = sum(weights * math.prod(shape) + state_bytes(optim, shape) for shape in trained.values())
     free = free_bytes(output_dir)
     if needed > free:
         raise NoSpaceError(

@@ -364,8 +364,9 @@ class WanTrainer(Trainer):
 
     def check_space(self) -> None:
         """Raise NoSpaceError on all ranks unless the disk holds another checkpoint. Collective; one rank looks."""
-        trained = trained_shapes(self)
-        from_main_rank(lambda: checkpoint.check_space(self.output_dir, trained, has_ema=bool(self.args.ema_decay)))
+        trained, has_ema = trained_shapes(self), bool(self.args.ema_decay)
+        optim = OptimizerNames(self.args.optim).value
+        from_main_rank(lambda: checkpoint.check_space(self.output_dir, trained, optim=optim, has_ema=has_ema))
 
     @property
     def module(self) -> nn.Module:

@@ -44,7 +44,7 @@ def fully_shard_denoiser(model: WanDenoiser, plugin: FullyShardedDataParallelPlu
 
 
 def shard_units(model: WanDenoiser) -> list[nn.Module]:
-    """The modules gathered one at a time; what is left belongs to the root and stays gathered through a step."""
+    """The modules gathered one at a time; what is left belongs to the root."""
     units: list[nn.Module] = list(model.transformer_blocks)
     if model.has_adapter:
         units += [*model.face_adapter.fuser_blocks, model.face_encoder]
