@@ -22,12 +22,12 @@ import train_step
 from step_figures import GIB
 from step_timing import Saved, Timed
 
-from wan_accel.assemble import fsdp_plugin
 from wan_accel.models import fp8
 from wan_accel.models.attention import CudnnAttention
 from wan_accel.parallel.collectives import reduce_scatter_single
 from wan_accel.parallel.fsdp import fully_shard_denoiser, shard_units
 from wan_accel.parallel.mesh import ParallelDims
+from wan_accel.parallel.plugins import fsdp2_plugin
 from wan_accel.plan.weights import total
 
 CPU = torch.device("cpu")
@@ -198,7 +198,7 @@ def reduced() -> tuple[list[tuple[torch.dtype, int, int]], list[int]]:
     model, buffers = tiny_denoiser("t2v-1.3b"), Buffers()
     units = [*shard_units(model), model]
     sizes = [sum(p.numel() for p in unit.parameters()) for unit in units]
-    fully_shard_denoiser(model, fsdp_plugin(), ParallelDims(world_size=2).shard_mesh("cpu"))
+    fully_shard_denoiser(model, fsdp2_plugin("t2v-1.3b"), ParallelDims(world_size=2).shard_mesh("cpu"))
     for unit in units:
         unit.set_custom_reduce_scatter(buffers)
     out = model(torch.randn(1, 16, 2, 4, 6), torch.tensor([500.0]), text=torch.randn(1, 5, 24))

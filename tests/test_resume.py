@@ -24,7 +24,7 @@ def train(
     from transformers import TrainerCallback
 
     from wan_accel.arguments import WanTrainingArguments
-    from wan_accel.assemble import Techniques, assemble, launched_engine, launched_replicas
+    from wan_accel.assemble import Techniques, assemble, launched_engine
     from wan_accel.lora import LoraSettings
     from wan_accel.models.loading import CheckpointReader
     from wan_accel.models.variants import VARIANTS

@@ -12,11 +12,13 @@ _LAZY = {
     "WanDenoiser": "wan_accel.models.denoiser",
     "WanTrainer": "wan_accel.trainer",
     "WanTrainingArguments": "wan_accel.arguments",
+    "fsdp2_plugin": "wan_accel.parallel.plugins",
     "get_variant": "wan_accel.models.variants",
     "inject_lora": "wan_accel.lora",
     "inject_ulysses": "wan_accel.models.denoiser",
     "load_recipe": "wan_accel.recipe.load",
     "load_wan": "wan_accel.models.loading",
+    "zero3_plugin": "wan_accel.parallel.plugins",
 }
 __all__ = list(_LAZY)
 

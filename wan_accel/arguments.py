@@ -8,6 +8,8 @@ from transformers import TrainingArguments
 from wan_accel.ema import EmaDevice
 from wan_accel.nonfinite import OnNan
 from wan_accel.objective import Density, Weighting
+from wan_accel.parallel.config_checks import refuse_launched
+from wan_accel.parallel.replicas import resolve_launched
 
 
 @dataclass
@@ -65,3 +67,13 @@ class WanTrainingArguments(TrainingArguments):
     on_nan: OnNan = "stop"
     async_save: bool = True
     hang_seconds: float = 1200.0
+
+    def __post_init__(self) -> None:
+        """Look at the launch first: before weights are read, and before accelerate reads sizes it would not take.
+
+        Raises:
+            ValueError: the accelerate config asks for what training does not do, or its sizes do not fit.
+        """
+        refuse_launched()
+        resolve_launched()
+        super().__post_init__()

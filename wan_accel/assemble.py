@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import FullyShardedDataParallelPlugin
 
 from wan_accel.lora import LoraSettings, inject_lora
 from wan_accel.models.attention import check_attention
@@ -24,6 +23,7 @@ from wan_accel.models.variants import Variant
 from wan_accel.parallel.engine import Engine
 from wan_accel.parallel.fsdp import fully_shard_denoiser
 from wan_accel.parallel.mesh import ParallelDims
+from wan_accel.parallel.plugins import fsdp2_plugin
 from wan_accel.recipe.schema import Recipe
 
 
@@ -81,13 +81,6 @@ def launched_engine() -> Engine:
     return "fsdp2" if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" else "ddp"
 
 
-def launched_replicas() -> int:
-    """HSDP's number of replicas that the launcher asks for (accelerate's parallelism_config), 1 without it."""
-    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
-        return 1
-    return int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "1"))
-
-
 def assemble(
     variant: Variant,
     reader: CheckpointReader,
@@ -112,7 +105,7 @@ def assemble(
         return _assemble_zero3(variant, reader, techniques, dims, device)
     model = build_skeleton(variant, reader, techniques, dims, device)
     if engine == "fsdp2":
-        fully_shard_denoiser(model, fsdp_plugin(), dims.shard_mesh(device.type))
+        fully_shard_denoiser(model, fsdp2_plugin(variant.name), dims.shard_mesh(device.type))
     model.to_empty(device=device)
     fill_parameters(model, reader, seed=techniques.seed)
     return model
@@ -169,15 +162,6 @@ def _apply(
         inject_ulysses(model, group)
     if techniques.compile:
         compile_blocks(model, num_shapes=techniques.num_shapes, budget=recompute.budget)
-
-
-def fsdp_plugin() -> FullyShardedDataParallelPlugin:
-    """The plugin that accelerate will make from the same environment, with its mixed precision set."""
-    plugin = FullyShardedDataParallelPlugin()
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision != "no":
-        plugin.set_mixed_precision(precision)
-    return plugin
 
 
 def _assemble_zero3(

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from wan_accel.assemble import launched_replicas
 from wan_accel.doctor import examine
 from wan_accel.doctor_finding import Finding, Job
 from wan_accel.doctor_gpu import DRIVER
@@ -19,6 +18,7 @@ from wan_accel.doctor_links import SIZE_MIB, collective_speeds, link_speeds, mes
 from wan_accel.doctor_packages import TESTED
 from wan_accel.doctor_ranks import RankReport, compare
 from wan_accel.parallel.mesh import ParallelDims
+from wan_accel.parallel.replicas import launched_replicas
 from wan_accel.recipe.check import check
 
 # A rank that does not answer ends the launch after this.

@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from wan_accel import checkpoint
 from wan_accel.arguments import WanTrainingArguments
-from wan_accel.assemble import assemble_experts, launched_engine, launched_replicas, techniques_of
+from wan_accel.assemble import assemble_experts, launched_engine, techniques_of
 from wan_accel.checkpoint_writer import SaveError
 from wan_accel.data.collate import SampleError
 from wan_accel.data.latents import LatentsDataset
@@ -33,6 +33,7 @@ from wan_accel.nonfinite import NonFiniteError
 from wan_accel.parallel.agreement import announce_failure, announced_failure, from_main_rank
 from wan_accel.parallel.cpu import enable_fsdp_on_cpu
 from wan_accel.parallel.mesh import ParallelDims
+from wan_accel.parallel.replicas import launched_replicas
 from wan_accel.parallel.restarts import meet_anew
 from wan_accel.plan.misfit import check_fit
 from wan_accel.preemption import die_with_parent

@@ -18,7 +18,7 @@ CONFIGS = recipes_folder() / "accelerate"
     ("name", "processes", "expected"),
     [
         ("fsdp2", 64, Layout(engine="fsdp2", world_size=64, ulysses=4)),
-        ("hsdp", 16, Layout(engine="hsdp", world_size=16, ulysses=4, dp_replicate=2)),
+        ("hsdp", 16, Layout(engine="fsdp2", world_size=16, ulysses=4)),  # on one machine
         ("zero3", 8, Layout(engine="zero3", world_size=8, ulysses=4)),
         ("ddp", 8, Layout(engine="ddp", world_size=8, ulysses=4)),
         ("ddp", 1, Layout(engine="single", world_size=1, ulysses=4)),
@@ -43,24 +43,52 @@ def test_what_a_config_changes(tmp_path: Path) -> None:
     path = changed(tmp_path, "fsdp2", num_processes=16, fsdp_config={"fsdp_reshard_after_forward": False})
     layout = read_layout(path, num_processes=None, ulysses=1)
     assert (layout.world_size, layout.reshard_after_forward, layout.num_shards) == (16, False, 16)
-    path = changed(tmp_path, "zero3", deepspeed_config={"offload_optimizer_device": "cpu", "reduce_bucket_size": 1e8})
-    layout = read_layout(path, num_processes=8, ulysses=1)
-    assert (layout.offload, layout.zero.reduce_bucket_size) == ("optimizer", 10**8)
+    path = changed(tmp_path, "zero3", deepspeed_config={"offload_optimizer_device": "cpu"})
+    assert read_layout(path, num_processes=8, ulysses=1).offload == "optimizer"
     path = changed(tmp_path, "zero3", deepspeed_config={"offload_param_device": "cpu"})
     assert read_layout(path, num_processes=8, ulysses=1).offload == "parameters"
 
 
 def test_what_cannot_be_planned(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="2 replicas x 8 shards are 16 processes, --num_processes 8 was given"):
-        read_layout(CONFIGS / "hsdp.yaml", num_processes=8, ulysses=1)
+    sizes = {"parallelism_config_dp_replicate_size": 2, "parallelism_config_dp_shard_size": 8}
+    with pytest.raises(ValueError, match="dp_replicate_size=2, dp_shard_size=8 does not fit 8 processes, 8 a machine"):
+        read_layout(changed(tmp_path, "hsdp", parallelism_config=sizes), num_processes=8, ulysses=1)
+    with pytest.raises(ValueError, match="12 processes are not a multiple of 8 machines"):
+        read_layout(CONFIGS / "hsdp.yaml", num_processes=12, num_machines=8, ulysses=1)
     with pytest.raises(ValueError, match="does not say how many processes: give --num_processes"):
         read_layout(CONFIGS / "fsdp2.yaml", num_processes=None, ulysses=1)
     with pytest.raises(ValueError, match="fsdp_offload_params: true is not available yet"):
         read_layout(changed(tmp_path, "fsdp2", fsdp_config={"fsdp_offload_params": True}), num_processes=8, ulysses=1)
-    with pytest.raises(ValueError, match="mixed_precision=fp16 is not supported"):
+    with pytest.raises(ValueError, match="mixed_precision=fp16 is not honoured here: use bf16"):
         read_layout(changed(tmp_path, "fsdp2", mixed_precision="fp16"), num_processes=8, ulysses=1)
     with pytest.raises(ValueError, match="offload_optimizer_device=nvme cannot be planned"):
         path = changed(tmp_path, "zero3", deepspeed_config={"offload_optimizer_device": "nvme"})
+        read_layout(path, num_processes=8, ulysses=1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processes", "machines", "expected"),
+    [
+        ((-1, -1), 16, 2, ("hsdp", 2, 8)),
+        ((-1, -1), 64, 8, ("hsdp", 8, 8)),
+        ((-1, -1), 1, 1, ("single", 1, 1)),
+        ((-1, 16), 64, 8, ("hsdp", 4, 16)),
+        ((2, -1), 64, 8, ("hsdp", 2, 32)),
+        ((2, 4), 8, 1, ("hsdp", 2, 4)),
+    ],
+)
+def test_replicas_of_any_count(
+    sizes: tuple[int, int], processes: int, machines: int, expected: tuple[str, int, int], tmp_path: Path
+) -> None:
+    names = [f"parallelism_config_dp_{axis}_size" for axis in ("replicate", "shard")]
+    path = changed(tmp_path, "hsdp", parallelism_config=dict(zip(names, sizes)))
+    layout = read_layout(path, num_processes=processes, num_machines=machines, ulysses=1)
+    assert (layout.engine, layout.dp_replicate, layout.num_shards) == expected
+
+
+def test_a_bucket_size_that_the_launcher_would_drop(tmp_path: Path) -> None:
+    path = changed(tmp_path, "zero3", deepspeed_config={"reduce_bucket_size": 1e8})
+    with pytest.raises(ValueError, match=r"deepspeed_config\.reduce_bucket_size is not a field that accelerate"):
         read_layout(path, num_processes=8, ulysses=1)
 
 

@@ -10,14 +10,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from wan_accel.models.denoiser import WanDenoiser
+from wan_accel.models.variants import Variant
+from wan_accel.parallel.settings import REFUSED
 
-# Plugin fields that we do not act on, with the value that means "not asked for".
-_NOT_HONOURED = {
-    "activation_checkpointing": (False, "set memory.activation_checkpointing in the recipe"),
-    "activation_checkpointing_offload": (False, "remove it"),
-    "ignored_modules": (None, "remove it: every parameter of the denoiser is sharded"),
-    "min_num_params": (0, "remove it: the denoiser is sharded block by block"),
-}
+# The classes of `shard_units`. Motion encoders are sharded where they are kept.
+_UNITS, _ADAPTER_UNITS, _MOTION_UNITS = ("WanBlock",), ("WanFaceBlock", "FaceEncoder"), ("Generator",)
 
 
 def fully_shard_denoiser(model: WanDenoiser, plugin: FullyShardedDataParallelPlugin, mesh: DeviceMesh) -> WanDenoiser:
@@ -53,6 +50,12 @@ def shard_units(model: WanDenoiser) -> list[nn.Module]:
     return units
 
 
+def shard_unit_classes(variant: Variant, *, with_motion_encoder: bool = False) -> list[str]:
+    """Names of the classes of `shard_units`, by which accelerate wraps."""
+    units = [*_UNITS, *(_ADAPTER_UNITS if variant.has_animate_adapter else ())]
+    return [*units, *_MOTION_UNITS] if variant.has_animate_adapter and with_motion_encoder else units
+
+
 def mixed_precision_policy(plugin: FullyShardedDataParallelPlugin) -> MixedPrecisionPolicy:
     """The plugin's dtypes with fp32 gradient reduction, and without casting inputs.
 
@@ -71,10 +74,10 @@ def _refuse_unhonoured(plugin: FullyShardedDataParallelPlugin) -> None:
         )
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise ValueError("fsdp_offload_params: true is not available yet: use more GPUs, or ZeRO-3 with offload")
-    for field, (unset, advice) in _NOT_HONOURED.items():
-        value = getattr(plugin, field)
-        if value and value != unset:
-            raise ValueError(f"fsdp_{field}={value!r} in the accelerate config has no effect here: {advice}")
+    for row in REFUSED:
+        value = getattr(plugin, row.attribute) if row.attribute is not None else None
+        if value:
+            raise ValueError(f"fsdp_{row.attribute}={value!r} in the accelerate config has no effect here: {row.advice}")
 
 
 def assert_sharded(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import yaml
 
+from wan_accel.parallel.replicas import Launch, resolve
 from wan_accel.recipe.check import read_engine
 
 PlannedEngine = Literal["single", "ddp", "fsdp2", "hsdp", "zero3"]
@@ -67,8 +68,10 @@ class Layout:
         return ", ".join(parts)
 
 
-def read_layout(path: Path, *, num_processes: int | None, ulysses: int) -> Layout:
-    """The layout of an accelerate config file and a recipe's `parallel.ulysses`.
+def read_layout(
+    path: Path, *, num_processes: int | None, ulysses: int, num_machines: int | None = None
+) -> Layout:
+    """The layout of an accelerate config file and a recipe's `parallel.ulysses`, as a launch would have it.
 
     Raises:
         ValueError: the file cannot be read, asks for what is not supported, or does not fit the number of processes.
@@ -82,37 +85,35 @@ def read_layout(path: Path, *, num_processes: int | None, ulysses: int) -> Layou
         raise ValueError(f"{path} is for one process, --num_processes {world_size} was given: use another config")
     if world_size == 1 and engine != "zero3":
         engine = "single"  # as a launch of one process is
+    replicas = _replicas(path, config, world_size, num_machines) if engine == "hsdp" else 1
+    if replicas == 1 and engine == "hsdp":
+        engine = "fsdp2"  # one machine
     zero = config.get("deepspeed_config") or {}
     return Layout(
         engine=engine,  # type: ignore[arg-type]
         world_size=world_size,
         ulysses=ulysses,
-        dp_replicate=_replicas(path, config, world_size) if engine == "hsdp" else 1,
-        is_mixed=_is_mixed(path, config),
+        dp_replicate=replicas,
+        is_mixed=_is_mixed(config),
         reshard_after_forward=bool((config.get("fsdp_config") or {}).get("fsdp_reshard_after_forward", True)),
         offload=_offload(path, config, zero),
-        zero=ZeroBuffers(**{name: int(zero[name]) for name in ZeroBuffers.__dataclass_fields__ if name in zero}),
     )
 
 
-def _replicas(path: Path, config: Mapping[str, Any], world_size: int) -> int:
-    parallelism = config.get("parallelism_config") or {}
-    replicas = int(parallelism["parallelism_config_dp_replicate_size"])
-    shards = int(parallelism.get("parallelism_config_dp_shard_size", 1))
-    if replicas * shards != world_size:
-        raise ValueError(
-            f"{path}: {replicas} replicas x {shards} shards are {replicas * shards} processes, --num_processes "
-            f"{world_size} was given: set parallelism_config_dp_shard_size to {world_size // replicas or 1}"
-        )
-    return replicas
+def _replicas(path: Path, config: Mapping[str, Any], world_size: int, num_machines: int | None) -> int:
+    sizes = config.get("parallelism_config") or {}
+    replicate, shard = (int(sizes.get(f"parallelism_config_dp_{axis}_size", 1)) for axis in ("replicate", "shard"))
+    machines = num_machines or int(config.get("num_machines") or 1)
+    if world_size % machines:
+        raise ValueError(f"{path}: {world_size} processes are not a multiple of {machines} machines: give others")
+    try:
+        return resolve(replicate, shard, Launch(world_size=world_size, per_machine=world_size // machines))[0]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
-def _is_mixed(path: Path, config: Mapping[str, Any]) -> bool:
-    precision = config.get("mixed_precision", "no")
-    precision = "no" if precision is False else str(precision)  # YAML reads a bare `no` as false
-    if precision not in ("no", "bf16"):
-        raise ValueError(f"{path}: mixed_precision={precision} is not supported: use bf16 or 'no'")
-    return precision == "bf16"
+def _is_mixed(config: Mapping[str, Any]) -> bool:
+    return str(config.get("mixed_precision")) == "bf16"
 
 
 def _offload(path: Path, config: Mapping[str, Any], zero: Mapping[str, Any]) -> Offload:

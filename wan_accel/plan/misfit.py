@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 import torch
 
-from wan_accel.assemble import fsdp_plugin, launched_engine, launched_replicas
+from wan_accel.assemble import launched_engine
 from wan_accel.draws import Bucket
 from wan_accel.models.reader import TensorShapes
 from wan_accel.parallel.agreement import from_main_rank
+from wan_accel.parallel.plugins import launched_fsdp2
+from wan_accel.parallel.replicas import launched_replicas
 from wan_accel.plan.layout import Layout, Offload, PlannedEngine
 from wan_accel.plan.verdict import Budget
 from wan_accel.recipe.schema import OnMisfit, Recipe
@@ -75,7 +77,7 @@ def launched_layout(ulysses: int) -> Layout:
         ulysses=ulysses,
         dp_replicate=replicas if engine == "hsdp" else 1,
         is_mixed=os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "bf16",
-        reshard_after_forward=bool(fsdp_plugin().reshard_after_forward) if found == "fsdp2" else True,
+        reshard_after_forward=bool(launched_fsdp2().reshard_after_forward) if found == "fsdp2" else True,
         offload=_launched_offload() if found == "zero3" else "none",
     )
 

@@ -11,6 +11,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument("--config_file", type=Path, required=True, help="the accelerate config of the launch")
     parser.add_argument("--num_processes", type=int, help="GPUs; those of the accelerate config by default")
+    parser.add_argument("--num_machines", type=int, help="of the launch, for HSDP; that of the config or 1 by default")
     parser.add_argument("--gpu_memory", metavar="SIZE", help="of one GPU, e.g. 80GiB; that of --gpu by default")
     parser.add_argument("--gpu", help="a row of the table, to predict times for; all rows of this memory by default")
     parser.add_argument("--gpus", type=Path, metavar="FILE", help="YAML with rows before those of the table")

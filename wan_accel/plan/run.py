@@ -44,8 +44,9 @@ def quiet() -> Iterator[None]:
 def _report(arguments: argparse.Namespace, overrides: Sequence[str]) -> Report:
     recipe = load_recipe(arguments.recipe, overrides)
     layout = read_layout(
-        arguments.config_file, num_processes=arguments.num_processes, ulysses=recipe.parallel.ulysses
-    )
+        arguments.config_file, num_processes=arguments.num_processes, ulysses=recipe.parallel.ulysses,
+        num_machines=arguments.num_machines,
+    )  # fmt: skip
     ask = ask_of(recipe, layout, shapes=arguments.shape, num_clips=arguments.samples)
     gpus, budget = _gpus(arguments)
     if arguments.search and not gpus:

@@ -1,5 +1,6 @@
 """Rules across sections, all at once and without side effects: no GPU, no network, no process group. Torch-free."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from wan_accel.models.compile_rules import compile_problems
 from wan_accel.models.hub import is_hub_id
 from wan_accel.models.variants import Variant, get_variant
 from wan_accel.optimizers import optimizer_problem
+from wan_accel.parallel.config_checks import config_problems
 from wan_accel.parallel.degrees import usable_degrees
 from wan_accel.recipe.check_data import check_data
 from wan_accel.recipe.schema import Objective, Recipe
@@ -161,16 +163,27 @@ def _check_parallel(recipe: Recipe, world_size: int | None, num_heads: int | Non
     return problems
 
 
+_PLAIN_ENGINES = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp"}
+
+
 def read_engine(path: Path) -> str:
     """The engine of an accelerate config file.
 
     Raises:
-        ValueError: the file cannot be read, or asks for an engine that is not supported.
+        ValueError: the file cannot be read, or asks for an engine or a setting that is not supported.
     """
     try:
         config: dict[str, Any] = yaml.safe_load(path.read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"accelerate config {path} cannot be read: {error}") from None
+    engine = _engine_of(path, config)
+    problems = config_problems(config)
+    if problems:
+        raise ValueError("\n".join([f"{path} asks for what is not done here:", *problems]))
+    return engine
+
+
+def _engine_of(path: Path, config: Mapping[str, Any]) -> str:
     kind = str(config.get("distributed_type", "NO")).upper()
     if kind == "DEEPSPEED":
         stage = (config.get("deepspeed_config") or {}).get("zero_stage")
@@ -181,5 +194,7 @@ def read_engine(path: Path) -> str:
         if (config.get("fsdp_config") or {}).get("fsdp_version") != 2:
             raise ValueError(f"{path}: only fsdp_version: 2 is supported")
         replicas = (config.get("parallelism_config") or {}).get("parallelism_config_dp_replicate_size", 1)
-        return "hsdp" if replicas > 1 else "fsdp2"
-    return {"NO": "single"}.get(kind, "ddp")
+        return "fsdp2" if replicas == 1 else "hsdp"
+    if kind not in _PLAIN_ENGINES:
+        raise ValueError(f"{path}: distributed_type={kind} is not supported: use a config of recipes/accelerate")
+    return _PLAIN_ENGINES[kind]
