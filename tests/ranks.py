@@ -10,7 +10,7 @@ import os
 import pickle
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -61,18 +61,21 @@ def run_ranks(
     world_size: int,
     *args: Any,
     engine: str = "ddp",
+    env: Mapping[str, str] | None = None,
     timeout_seconds: float = 300,
 ) -> list[Any]:
     """Return `function(*args)` of every rank, run as `accelerate launch` with `engine` would run it.
 
+    `env` takes the place of the engine's variables.
     `function` is a top-level function of a test module. A rank's exception is raised here with its traceback.
     """
-    return results(start_ranks(function, world_size, *args, engine=engine), timeout_seconds)
+    return results(start_ranks(function, world_size, *args, engine=engine, env=env), timeout_seconds)
 
 
 def start_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, engine: str = "ddp"
-) -> list[tuple[Any, Connection]]:
+    function: Callable[..., Any], world_size: int, *args: Any, engine: str = "ddp",
+    env: Mapping[str, str] | None = None,
+) -> list[tuple[Any, Connection]]:  # fmt: skip
     """The processes of `run_ranks`, to be signalled or killed, and what `results` reads."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -80,19 +83,19 @@ def start_ranks(
     workers = []
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
-        env = {
+        variables = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world_size),
             "LOCAL_WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            **LAUNCH_ENV[engine],
+            **(LAUNCH_ENV[engine] if env is None else env),
         }
         if engine == "single":
-            env = dict(LAUNCH_ENV["single"])
+            variables = dict(LAUNCH_ENV["single"])
         process = context.Process(
-            target=_work, args=(sender, env, function.__module__, function.__qualname__, args)
+            target=_work, args=(sender, variables, function.__module__, function.__qualname__, args)
         )
         process.start()
         sender.close()  # so that a rank's death shows as the end of the pipe

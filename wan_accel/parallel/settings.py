@@ -11,7 +11,7 @@ _P = "parallelism_config_"
 
 # Training acts on these, or accelerate and DeepSpeed do for it.
 HONOURED: dict[str, tuple[str, ...]] = {
-    TOP: ("distributed_type", "use_cpu", "enable_cpu_affinity", "debug", FSDP, DEEPSPEED, PARALLELISM, DYNAMO, FP8),
+    TOP: ("distributed_type", "enable_cpu_affinity", "debug", FSDP, DEEPSPEED, PARALLELISM, DYNAMO, FP8),
     FSDP: ("fsdp_version", "fsdp_reshard_after_forward", "fsdp_offload_params"),
     DEEPSPEED: ("zero_stage", "offload_optimizer_device", "offload_param_device"),
     PARALLELISM: (_P + "dp_replicate_size", _P + "dp_shard_size"),
@@ -96,6 +96,8 @@ _UNITS = "remove it: the denoiser is sharded block by block"
 REFUSED: tuple[Refused, ...] = (
     Refused(section=TOP, key="mixed_precision", allowed=("no", "bf16"), env="ACCELERATE_MIXED_PRECISION",
             advice="use bf16 or 'no' (8-bit products: memory.fp8 in the recipe)"),
+    Refused(section=TOP, key="use_cpu", allowed=("no",), advice="accelerate's launcher does not pass it on to several "
+            "processes; set CUDA_VISIBLE_DEVICES= where there are GPUs that are not to be used"),
     Refused(section=TOP, key="megatron_lm_config", allowed=("no",), env="ACCELERATE_USE_MEGATRON_LM",
             advice="use a config of recipes/accelerate"),
     Refused(section=TOP, key="mpirun_config", advice="start the processes with accelerate launch alone"),

@@ -163,7 +163,7 @@ def _check_parallel(recipe: Recipe, world_size: int | None, num_heads: int | Non
     return problems
 
 
-_PLAIN_ENGINES = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp"}
+_PLAIN_ENGINES = {"NO": "single", "MULTI_GPU": "ddp"}
 
 
 def read_engine(path: Path) -> str:
@@ -196,5 +196,6 @@ def _engine_of(path: Path, config: Mapping[str, Any]) -> str:
         replicas = (config.get("parallelism_config") or {}).get("parallelism_config_dp_replicate_size", 1)
         return "fsdp2" if replicas == 1 else "hsdp"
     if kind not in _PLAIN_ENGINES:
-        raise ValueError(f"{path}: distributed_type={kind} is not supported: use a config of recipes/accelerate")
+        advice = "MULTI_GPU, on CPUs too (accelerate starts one process)" if kind == "MULTI_CPU" else "recipes/accelerate"
+        raise ValueError(f"{path}: distributed_type={kind} is not supported: use {advice}")
     return _PLAIN_ENGINES[kind]
