@@ -13,7 +13,7 @@ _P = "parallelism_config_"
 HONOURED: dict[str, tuple[str, ...]] = {
     TOP: ("distributed_type", "enable_cpu_affinity", "debug", FSDP, DEEPSPEED, PARALLELISM, DYNAMO, FP8),
     FSDP: ("fsdp_version", "fsdp_reshard_after_forward", "fsdp_offload_params"),
-    DEEPSPEED: ("zero_stage", "offload_optimizer_device", "offload_param_device"),
+    DEEPSPEED: ("zero_stage",),
     PARALLELISM: (_P + "dp_replicate_size", _P + "dp_shard_size"),
 }
 # The launcher acts on these before our processes start.
@@ -57,6 +57,8 @@ HARMLESS: dict[str, dict[str, str]] = {
     },
     DEEPSPEED: {
         "zero3_init_flag": "parameters are always partitioned while they are made",
+        "offload_optimizer_nvme_path": "nothing without nvme, which is refused",
+        "offload_param_nvme_path": "nothing without nvme, which is refused",
         "zero3_save_16bit_model": "`wan-accel export` writes whole weights, in any dtype",
     },
     PARALLELISM: dict.fromkeys(
@@ -131,10 +133,12 @@ REFUSED: tuple[Refused, ...] = (
             advice="remove it, and set what recipes/accelerate/zero3.yaml shows in deepspeed_config itself"),
     Refused(section=DEEPSPEED, key="deepspeed_moe_layer_cls_names", env="ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES",
             advice="remove it: a Wan denoiser has no mixture-of-experts layers"),
-    Refused(section=DEEPSPEED, key="offload_optimizer_nvme_path", allowed=("none",),
-            advice="remove it: accelerate's launcher drops it; offload to cpu"),
-    Refused(section=DEEPSPEED, key="offload_param_nvme_path", allowed=("none",),
-            advice="remove it: accelerate's launcher drops it; offload to cpu"),
+    *(
+        Refused(section=DEEPSPEED, key=f"offload_{part}_device", allowed=("cpu",),
+                env=f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE",
+                advice="use cpu or none: accelerate's launcher does not pass the path of an nvme on")
+        for part in ("optimizer", "param")
+    ),
     *(
         Refused(section=PARALLELISM, key=f"{_P}{axis}_size", allowed=("1",), advice=_DEGREE,
                 env=f"PARALLELISM_CONFIG_{axis.upper()}_SIZE")
