@@ -30,6 +30,7 @@ def train(
     from wan_accel.models.variants import VARIANTS
     from wan_accel.parallel.cpu import enable_fsdp_on_cpu
     from wan_accel.parallel.mesh import ParallelDims
+    from wan_accel.parallel.replicas import launched_replicas
     from wan_accel.trainer import WanTrainer
 
     class Kill(TrainerCallback):

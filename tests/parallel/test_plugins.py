@@ -37,8 +37,14 @@ def alone(checkpoint: str) -> list[float]:
 
 @pytest.mark.parametrize(
     ("engine", "launched", "processes", "ulysses"),
-    [("fsdp2", "fsdp2", 2, 2), ("fsdp2", "ddp", 2, 1), ("fsdp2", "hsdp", 4, 2), ("zero3", "zero3", 2, 2), ("zero3", "zero3", 2, 1)],
-)  # fmt: skip
+    [
+        ("fsdp2", "fsdp2", 2, 2),
+        ("fsdp2", "ddp", 2, 1),  # no engine in the launcher's config: the shipped one's
+        ("fsdp2", "hsdp", 4, 2),
+        ("zero3", "zero3", 2, 2),
+        ("zero3", "zero3", 2, 1),
+    ],
+)
 def test_the_example_equals_one_process(
     engine: str, launched: str, processes: int, ulysses: int, checkpoint: str, alone: list[float]
 ) -> None:
@@ -106,8 +112,8 @@ def test_accelerate_shards_as_training_does(variant: str, precision: str) -> Non
         assert {unit["reduce_dtype"] for unit in ours.values()} == {None if precision == "no" else torch.float32}
         for name, gradient in result["theirs"].items():
             assert torch.equal(gradient, result["ours"][name]), name
-            assert torch.equal(result["moved"][name], gradient) or precision == "no", name
-            bound = 1e-6 if precision == "no" else 5e-2
+            torch.testing.assert_close(result["moved"][name], gradient, rtol=0, atol=1e-6)  # SGD, learning rate 1
+            bound = 1e-6 if precision == "no" else 0.1  # bf16 rounds through six blocks
             assert (gradient - expected[name]).norm() <= bound * (expected[name].norm() + 1e-3), name
         assert result["theirs"].keys() == expected.keys()
 
@@ -129,7 +135,7 @@ def zero_clipping(max_grad_norm: float) -> tuple[float, int]:
     ("clipping", "launched", "expected"), [(0.0, None, 0.0), (0.5, None, 0.5), (0.5, "2.0", 2.0)]
 )
 def test_zero_clips_only_where_it_is_asked_to(clipping: float, launched: str | None, expected: float) -> None:
-    """accelerate by itself clips to 1.0 where nothing is said."""
+    """accelerate and DeepSpeed clip to 1.0 where nothing is said."""
     env = dict(LAUNCH_ENV["zero3"]) | ({} if launched is None else {"ACCELERATE_GRADIENT_CLIPPING": launched})
     assert run_ranks(zero_clipping, 1, clipping, env=env) == [(expected, 3)]
 
@@ -137,7 +143,7 @@ def test_zero_clips_only_where_it_is_asked_to(clipping: float, launched: str | N
 def test_what_the_plugins_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     from wan_accel import fsdp2_plugin, zero3_plugin
 
-    with pytest.raises(ValueError, match=r"variant 't2v-1\.4b' is not known \(did you mean t2v-1\.3b\?\)"):
+    with pytest.raises(ValueError, match=r"variant 't2v-1\.4b' is not known"):
         fsdp2_plugin("t2v-1.4b")
     for name, value in LAUNCH_ENV["fsdp2"].items():
         monkeypatch.setenv(name, value)
@@ -146,5 +152,5 @@ def test_what_the_plugins_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")  # of accelerator.save_state, which is the user's
     assert fsdp2_plugin("t2v-1.3b").state_dict_type.name == "FULL_STATE_DICT"
     monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
-    with pytest.raises(ValueError, match="parallelism_config_cp_size=2 is not honoured here: .*inject_ulysses"):
+    with pytest.raises(ValueError, match=r"parallelism_config_cp_size=2 is not honoured here: .*inject_ulysses"):
         fsdp2_plugin("t2v-1.3b")

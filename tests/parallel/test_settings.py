@@ -12,10 +12,9 @@ from launched import launched_env, write_config
 
 from wan_accel import train
 from wan_accel.arguments import WanTrainingArguments
+from wan_accel.parallel import settings
 from wan_accel.parallel.config_checks import config_problems, launched_problems
-from wan_accel.parallel.settings import (
-    DEEPSPEED, DYNAMO, FP8, FSDP, HARMLESS, HONOURED, LAUNCHER, PARALLELISM, REFUSED, TOP, Refused, known_keys,
-)  # fmt: skip
+from wan_accel.parallel.settings import DEEPSPEED, DYNAMO, FP8, FSDP, PARALLELISM, REFUSED, TOP, Refused, known_keys
 from wan_accel.recipe.check import read_engine
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
@@ -55,7 +54,8 @@ def test_every_field_of_a_config_file_is_classed_once() -> None:
     assert dynamo == known_keys(DYNAMO)
     for section in (TOP, *BASES):
         rows = [row.key for row in REFUSED if row.section == section]
-        rows += [*HONOURED.get(section, ()), *LAUNCHER.get(section, ()), *HARMLESS.get(section, {})]
+        for others in (settings.HONOURED, settings.LAUNCHER, settings.HARMLESS):
+            rows += others.get(section, ())
         assert len(rows) == len(set(rows))
 
 

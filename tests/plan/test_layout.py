@@ -9,9 +9,8 @@ import yaml
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from wan_accel.plan.layout import Layout, ZeroBuffers, read_layout
-from wan_accel.recipe.load import recipes_folder
 
-CONFIGS = recipes_folder() / "accelerate"
+CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from wan_accel.recipe.check import check, read_engine
-from wan_accel.recipe.load import RecipeError, load_recipe, recipes_folder, shipped_recipes
+from wan_accel.recipe.load import RecipeError, load_recipe, shipped_recipes
 
+CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
 ENGINES = {
     "ddp": "ddp", "fsdp2": "fsdp2", "hsdp": "hsdp", "zero3": "zero3", "cpu_ddp": "ddp", "cpu_fsdp2": "fsdp2",
     "cpu_zero3": "zero3",
@@ -21,7 +22,7 @@ def test_every_shipped_recipe_is_sound(name: str) -> None:
 
 
 def test_every_shipped_engine_is_read() -> None:
-    files = {path.stem: path for path in recipes_folder().glob("accelerate/*.yaml")}
+    files = {path.stem: path for path in CONFIGS.glob("*.yaml")}
     assert {name: read_engine(path) for name, path in files.items()} == ENGINES
 
 

@@ -62,7 +62,7 @@ def mixed_precision_policy(plugin: FullyShardedDataParallelPlugin) -> MixedPreci
     The denoiser casts its inputs itself: a cast at the root would round the timestep to bf16.
     """
     policy = plugin.mixed_precision_policy
-    if policy is None:
+    if policy is None or policy.param_dtype is None:
         return MixedPrecisionPolicy(cast_forward_inputs=False)
     return MixedPrecisionPolicy(param_dtype=policy.param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
@@ -77,7 +77,7 @@ def _refuse_unhonoured(plugin: FullyShardedDataParallelPlugin) -> None:
     for row in REFUSED:
         value = getattr(plugin, row.attribute) if row.attribute is not None else None
         if value:
-            raise ValueError(f"fsdp_{row.attribute}={value!r} in the accelerate config has no effect here: {row.advice}")
+            raise ValueError(f"fsdp_{row.attribute}={value!r} is not honoured here: {row.advice}")
 
 
 def assert_sharded(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """accelerate's plugins for a loop of the user's own: `accelerator.prepare(model, optimizer)` then shards a WanDenoiser.
 
-Both are to be made before the `Accelerator`. Launched with an accelerate config they have its fields, otherwise those of
-recipes/accelerate/fsdp2.yaml and zero3.yaml; the precision is the Accelerator's.
+Both are to be made before the `Accelerator`. Launched with an accelerate config they have its fields, otherwise those
+of recipes/accelerate/fsdp2.yaml and zero3.yaml; the precision is the Accelerator's.
 """
 
 import os
@@ -66,6 +66,7 @@ def launched_fsdp2(**fields: Any) -> WanFsdpPlugin:
         shipped = _shipped("fsdp2", "fsdp_config")
         fields |= {name: shipped[key] for key, name in _FSDP_FIELDS.items()}
     plugin = WanFsdpPlugin(**fields)
+    plugin.mixed_precision_policy = mixed_precision_policy(plugin)
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no":
         plugin.set_mixed_precision(precision)
@@ -93,10 +94,10 @@ def zero3_plugin(variant: str, *, max_grad_norm: float = 0.0) -> DeepSpeedPlugin
     if not any(mark in os.environ for mark in _ZERO_MARKS):
         shipped = _shipped("zero3", "deepspeed_config")
         fields = {name: shipped[name] for name in _ZERO_FIELDS}
-    if "ACCELERATE_GRADIENT_CLIPPING" not in os.environ:
-        # accelerate 1.15 would clip to 1.0 where nothing is said (`_prepare_deepspeed`).
-        fields["gradient_clipping"] = max_grad_norm
     plugin = DeepSpeedPlugin(**fields)
+    if plugin.get_value("gradient_clipping") in (None, "auto"):
+        # Where nothing is said accelerate 1.15 (`_prepare_deepspeed`) and DeepSpeed 0.19 both clip to 1.0.
+        plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
     if plugin.zero_stage != 3:
         raise ValueError(f"zero3_plugin: the launcher's config has zero_stage={plugin.zero_stage}: use 3")
     if plugin.get_value("train_micro_batch_size_per_gpu") in (None, "auto"):
@@ -111,4 +112,4 @@ def _shipped(name: str, section: str) -> dict[str, Any]:
 def _refuse_other(name: str, other: str, marks: tuple[str, ...], engine: str) -> None:
     """Refuse to make a plugin in a job that was launched with the other engine's config."""
     if os.environ.get(other, "false").lower() == "true" and any(mark in os.environ for mark in marks):
-        raise ValueError(f"{name}: this job was launched with another engine: use a config of distributed_type {engine}")
+        raise ValueError(f"{name}: this job was launched with another engine: use distributed_type: {engine}")

@@ -33,7 +33,10 @@ HARMLESS: dict[str, dict[str, str]] = {
         "main_training_function": "of notebooks and TPUs",
         "downcast_bf16": "of TPUs",
         **dict.fromkeys(
-            ("tpu_name", "tpu_zone", "tpu_use_cluster", "tpu_use_sudo", "command_file", "commands", "tpu_vm", "tpu_env"),
+            (
+                "tpu_name", "tpu_zone", "tpu_use_cluster", "tpu_use_sudo", "tpu_vm", "tpu_env", "command_file",
+                "commands",
+            ),
             "of TPUs, which distributed_type would have to name",
         ),
     },

@@ -196,6 +196,7 @@ def _engine_of(path: Path, config: Mapping[str, Any]) -> str:
         replicas = (config.get("parallelism_config") or {}).get("parallelism_config_dp_replicate_size", 1)
         return "fsdp2" if replicas == 1 else "hsdp"
     if kind not in _PLAIN_ENGINES:
-        advice = "MULTI_GPU, on CPUs too (accelerate starts one process)" if kind == "MULTI_CPU" else "recipes/accelerate"
+        is_cpu = kind == "MULTI_CPU"
+        advice = "MULTI_GPU, on CPUs too (accelerate starts one process)" if is_cpu else "recipes/accelerate"
         raise ValueError(f"{path}: distributed_type={kind} is not supported: use {advice}")
     return _PLAIN_ENGINES[kind]
