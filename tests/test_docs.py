@@ -7,6 +7,7 @@ from preprocessing.types import PreprocessProfile
 from wan_accel.data.schema import QUALITY
 from wan_accel.models.variants import VARIANTS, Variant
 from wan_accel.parallel.degrees import usable_degrees
+from wan_accel.parallel.settings import REFUSED
 from wan_accel.recipe.arguments import DEFAULTS
 
 GUIDE = (Path(__file__).parents[1] / "docs/ANIMATE_PREPROCESSING.md").read_text()
@@ -29,6 +30,12 @@ def test_pictures_exist(name):
     assert pictures
     for picture in pictures:
         assert (docs / "images" / picture).is_file()
+
+
+@pytest.mark.parametrize("key", [row.key for row in REFUSED])
+def test_every_refused_field_of_an_accelerate_config_is_named(key: str):
+    guide = (Path(__file__).parents[1] / "docs/MULTI_GPU_TRAINING.md").read_text()
+    assert f"`{key}`" in guide.split("## The accelerate config")[1].split("\n## ")[0]
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)

@@ -32,6 +32,10 @@ def test_command(command: list[str]) -> None:
         preprocess_options.parser().parse_args(arguments)
     elif program == "wan-accel":
         cli._parser().parse_args([word for word in arguments if "=" not in word])  # without overrides
+    elif "-m" not in arguments:
+        (script,) = [word for word in arguments if word.endswith(".py")]
+        assert (ROOT / script).is_file()
+        read_engine(ROOT / arguments[arguments.index("--config_file") + 1])
     else:
         module = arguments.index("-m")
         assert (ROOT / f"{arguments[module + 1].replace('.', '/')}.py").is_file()

@@ -98,9 +98,7 @@ def prepared(variant: str, precision: str) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize(
-    ("variant", "precision"), [("animate-14b", "no"), ("animate-14b", "bf16"), ("t2v-1.3b", "no")]
-)
+@pytest.mark.parametrize(("variant", "precision"), [("animate-14b", "no"), ("animate-14b", "bf16"), ("t2v-1.3b", "no")])
 def test_accelerate_shards_as_training_does(variant: str, precision: str) -> None:
     expected = gradients_of(tiny_denoiser(variant), variant)
     for result in run_ranks(prepared, 2, variant, precision, engine="fsdp2"):
@@ -131,9 +129,7 @@ def zero_clipping(max_grad_norm: float) -> tuple[float, int]:
     return engine.gradient_clipping(), engine.zero_optimization_stage()
 
 
-@pytest.mark.parametrize(
-    ("clipping", "launched", "expected"), [(0.0, None, 0.0), (0.5, None, 0.5), (0.5, "2.0", 2.0)]
-)
+@pytest.mark.parametrize(("clipping", "launched", "expected"), [(0.0, None, 0.0), (0.5, None, 0.5), (0.5, "2.0", 2.0)])
 def test_zero_clips_only_where_it_is_asked_to(clipping: float, launched: str | None, expected: float) -> None:
     """accelerate and DeepSpeed clip to 1.0 where nothing is said."""
     env = dict(LAUNCH_ENV["zero3"]) | ({} if launched is None else {"ACCELERATE_GRADIENT_CLIPPING": launched})

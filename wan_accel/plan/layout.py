@@ -68,9 +68,7 @@ class Layout:
         return ", ".join(parts)
 
 
-def read_layout(
-    path: Path, *, num_processes: int | None, ulysses: int, num_machines: int | None = None
-) -> Layout:
+def read_layout(path: Path, *, num_processes: int | None, ulysses: int, num_machines: int | None = None) -> Layout:
     """The layout of an accelerate config file and a recipe's `parallel.ulysses`, as a launch would have it.
 
     Raises:
