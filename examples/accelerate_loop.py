@@ -6,7 +6,6 @@
 """
 
 import argparse
-import os
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +14,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from wan_accel import fsdp2_plugin, inject_ulysses, load_wan, zero3_plugin
 from wan_accel.objective import add_noise, per_sample_mse, velocity
+from wan_accel.parallel.fsdp import assert_sharded
 from wan_accel.parallel.mesh import ParallelDims
 
 VARIANT, BATCH, FRAMES, HEIGHT, WIDTH, CHANNELS = "t2v-1.3b", 4, 3, 8, 12, 16
@@ -44,8 +44,8 @@ def main(arguments: list[str] | None = None) -> list[float]:
     else:
         plugins = {"deepspeed_plugin": zero3_plugin(VARIANT, max_grad_norm=1.0)}
     # accelerate counts one process where DeepSpeed has no GPU, unless it is told the backend.
-    is_cpu_job = not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    handlers = [InitProcessGroupKwargs(backend="gloo")] if is_cpu_job else None
+    tells_backend = options.engine == "zero3" and not torch.cuda.is_available()
+    handlers = [InitProcessGroupKwargs(backend="gloo")] if tells_backend else None
     accelerator = Accelerator(kwargs_handlers=handlers, **plugins)
     dims = ParallelDims(world_size=accelerator.num_processes, ulysses=options.ulysses)
     model = load_wan(VARIANT, options.checkpoint)
@@ -55,6 +55,9 @@ def main(arguments: list[str] | None = None) -> list[float]:
     text_dim = model.text_embedding[0].in_features
     # AdamW over the whole parameters: `prepare` puts the shards in their place.
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+
+    if options.engine == "fsdp2" and accelerator.num_processes > 1:
+        assert_sharded(model)
 
     # Ranks of a Ulysses group see the same samples, so batches are shared out over data ranks, not by accelerate.
     data_rank, losses = dims.data_rank(accelerator.process_index), []

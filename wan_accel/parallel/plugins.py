@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import yaml
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 
@@ -55,6 +56,9 @@ def fsdp2_plugin(variant: str, *, with_motion_encoder: bool = False) -> WanFsdpP
     _refuse_other("fsdp2_plugin", "ACCELERATE_USE_DEEPSPEED", _ZERO_MARKS, "FSDP")
     refuse_launched(has_recipe=False)
     enable_fsdp_on_cpu()
+    if not torch.accelerator.is_available():
+        # Not told so, accelerate 1.15 sets up no distribution on CPUs: each process would train a model of its own.
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     resolve_launched()
     units = shard_unit_classes(row, with_motion_encoder=with_motion_encoder)
     return launched_fsdp2(auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=units)
