@@ -47,6 +47,21 @@ LAUNCH_ENV = {
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
         "DS_ACCELERATOR": "cpu",
     },
+    "zero2": {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+        "DS_ACCELERATOR": "cpu",
+    },
+}
+ON_HOST = {
+    "optimizer": "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
+    "param": "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
+}
+LAUNCH_ENV |= {
+    "fsdp2-offload": {**LAUNCH_ENV["fsdp2"], "FSDP_OFFLOAD_PARAMS": "true"},
+    "zero2-bf16": {**LAUNCH_ENV["zero2"], "ACCELERATE_MIXED_PRECISION": "bf16"},
+    "zero2-offload": {**LAUNCH_ENV["zero2"], ON_HOST["optimizer"]: "cpu"},
+    "zero3-offload": {**LAUNCH_ENV["zero3"], ON_HOST["optimizer"]: "cpu", ON_HOST["param"]: "cpu"},
 }
 
 

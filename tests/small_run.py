@@ -29,7 +29,7 @@ def small_trainer(
     defaults: dict[str, Any] = {
         "max_steps": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "global_batch": GLOBAL_BATCH,
         "logging_steps": 1, "save_strategy": "steps", "save_steps": 2, "disable_tqdm": True,
-        "use_cpu": engine != "zero3", "ddp_backend": "gloo" if world_size > 1 else None,
+        "use_cpu": not engine.startswith("zero"), "ddp_backend": "gloo" if world_size > 1 else None,
     }  # fmt: skip
     args = WanTrainingArguments(output_dir=output_dir, **{**defaults, **arguments})
     variant = VARIANTS["t2v-1.3b"]
@@ -54,7 +54,7 @@ def full_weights(trainer: Any) -> dict[str, torch.Tensor]:
     for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
         if not parameter.requires_grad:
             continue
-        if trainer.engine == "zero3":
+        if trainer.engine.startswith("zero"):
             from deepspeed.utils import safe_get_full_fp32_param
 
             weights[name] = safe_get_full_fp32_param(parameter).clone()

@@ -20,9 +20,11 @@ from wan_accel.models.pair import ExpertPair
 from wan_accel.models.reader import TensorShapes
 from wan_accel.models.recompute import Policy, recompute_of
 from wan_accel.models.variants import Variant
-from wan_accel.parallel.engine import Engine
-from wan_accel.parallel.fsdp import fully_shard_denoiser
+from wan_accel.parallel.engine import launched_engine as launched_engine
+from wan_accel.parallel.engine import launched_offload
+from wan_accel.parallel.fsdp import fully_shard_denoiser, offloads
 from wan_accel.parallel.mesh import ParallelDims
+from wan_accel.parallel.names import Engine
 from wan_accel.parallel.plugins import fsdp2_plugin
 from wan_accel.recipe.schema import Recipe
 
@@ -69,18 +71,6 @@ def techniques_of(recipe: Recipe, seed: int) -> Techniques:
     )
 
 
-def launched_engine() -> Engine:
-    """The engine that the launcher asks for in the environment, before an Accelerator exists.
-
-    `WanTrainer` compares it with what accelerate really set up.
-    """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        return "zero3"
-    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return "single"
-    return "fsdp2" if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" else "ddp"
-
-
 def assemble(
     variant: Variant,
     reader: CheckpointReader,
@@ -92,8 +82,9 @@ def assemble(
 ) -> WanDenoiser:
     """Build, adapt, shard and fill a denoiser. Collective.
 
-    Under FSDP2 nothing but this rank's slices is ever in memory. Under ZeRO-3 parameters are partitioned while
-    they are created and filled one gathered parameter at a time; DDP and single processes hold the whole model.
+    Under FSDP2 nothing but this rank's slices is ever in memory, with offloading in host memory. Under ZeRO-3
+    parameters are partitioned while they are created and filled one gathered parameter at a time; ZeRO-2, DDP and
+    single processes hold the whole model.
 
     Raises:
         CheckpointError, ValueError: the checkpoint, targets or degrees do not fit, or techniques exclude each other.
@@ -104,9 +95,14 @@ def assemble(
     if engine == "zero3":
         return _assemble_zero3(variant, reader, techniques, dims, device)
     model = build_skeleton(variant, reader, techniques, dims, device)
+    place = device
     if engine == "fsdp2":
-        fully_shard_denoiser(model, fsdp2_plugin(variant.name), dims.shard_mesh(device.type))
-    model.to_empty(device=device)
+        plugin = fsdp2_plugin(variant.name)
+        fully_shard_denoiser(model, plugin, dims.shard_mesh(device.type))
+        place = torch.device("cpu") if offloads(plugin) else device
+    elif engine == "zero2" and _bf16_over_masters(techniques.torch_dtype):
+        model.to(torch.bfloat16)  # as DeepSpeed would, with fp32 copies in memory until then
+    model.to_empty(device=place)
     fill_parameters(model, reader, seed=techniques.seed)
     return model
 
@@ -189,9 +185,19 @@ def _assemble_zero3(
 
 
 def _zero_config(torch_dtype: torch.dtype) -> dict[str, Any]:
-    """What zero.Init reads of the accelerate config; the batch size is only there because it insists on one.
+    """What zero.Init reads of the accelerate config; the batch size is only there because it insists on one."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": _bf16_over_masters(torch_dtype)},
+    }
+    if launched_offload() == "parameters":
+        config["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    return config
 
-    With mixed_precision bf16 parameters are bf16 and DeepSpeed's optimizer keeps the fp32 masters.
+
+def _bf16_over_masters(torch_dtype: torch.dtype) -> bool:
+    """Whether ZeRO's parameters are bf16, as mixed_precision makes them: its optimizer keeps the fp32 masters then.
 
     Raises:
         ValueError: bf16 weights without mixed precision, which would train without fp32 masters.
@@ -199,15 +205,7 @@ def _zero_config(torch_dtype: torch.dtype) -> dict[str, Any]:
     is_mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "bf16"
     if torch_dtype == torch.bfloat16 and not is_mixed:
         raise ValueError(
-            "model.torch_dtype=bfloat16 under ZeRO-3 needs mixed_precision: bf16 in the accelerate config, or nothing "
+            "model.torch_dtype=bfloat16 under ZeRO needs mixed_precision: bf16 in the accelerate config, or nothing "
             "keeps fp32 masters of what is trained"
         )
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3},
-        "bf16": {"enabled": is_mixed},
-    }
-    offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
-    if offload != "none":
-        config["zero_optimization"]["offload_param"] = {"device": offload}
-    return config
+    return is_mixed

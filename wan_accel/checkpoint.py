@@ -3,7 +3,7 @@
 checkpoint-<step>/
   manifest.json            format, engine, step, what is trained; written last
   model/                   torch.distributed.checkpoint: trained weights and optimizer (single, DDP, FSDP2)
-  zero/<expert>/           DeepSpeed's own format (ZeRO-3)
+  zero/<expert>/           DeepSpeed's own format (ZeRO-2, ZeRO-3)
   ema/                     moving averages of the trained weights, if the run keeps them (wan_accel.ema)
   trainer_state.json  scheduler.pt  rng_state*.pth  recipe.yaml
 """
@@ -28,7 +28,7 @@ from wan_accel.listing import first_few
 from wan_accel.models.variants import BOTH
 from wan_accel.optimizers import state_bytes
 from wan_accel.parallel.agreement import from_main_rank
-from wan_accel.parallel.engine import Engine
+from wan_accel.parallel.names import Engine, is_zero
 from wan_accel.stored_tensors import ReadTensor, dcp_tensors, zero_tensors
 
 logger = logging.getLogger("wan_accel")
@@ -248,7 +248,7 @@ def open_trained(folder: Path, manifest: Manifest, *, ema: bool = False) -> Read
     """
     if ema:
         return ema_tensors(folder, manifest.trained)
-    if manifest.engine != "zero3":
+    if not is_zero(manifest.engine):
         return dcp_tensors(folder / "model", "model")
     if manifest.expert != BOTH:
         return zero_tensors({"": zero_folder(folder, manifest.expert)})

@@ -6,10 +6,11 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from wan_accel import doctor_finding
 from wan_accel.plan import options as plan_options
-from wan_accel.recipe.check import check, read_engine
+from wan_accel.recipe.check import check, read_engine, read_offload
 from wan_accel.recipe.load import find_recipe, load_recipe, recipes_folder, shipped_recipes
 
 
@@ -136,8 +137,10 @@ def _copy(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    engine = read_engine(arguments.config_file) if arguments.config_file is not None else None
-    problems = check(recipe, world_size=arguments.num_processes, engine=engine)
+    launch: dict[str, Any] = {}
+    if (config := arguments.config_file) is not None:
+        launch = {"engine": read_engine(config), "offload": read_offload(config)}
+    problems = check(recipe, world_size=arguments.num_processes, **launch)
     for problem in problems:
         sys.stderr.write(f"error: {problem}\n")
     if not problems:

@@ -12,6 +12,7 @@ import psutil
 
 from wan_accel.disk import free_bytes
 from wan_accel.doctor_finding import Finding, Job, Level
+from wan_accel.parallel.names import is_zero
 
 GIB, MIB = 2**30, 2**20
 SHM = Path("/dev/shm")
@@ -87,8 +88,8 @@ def compiler_finding(gxx: str | None, ninjas: Mapping[str, str], *, engine: str 
     """Judge the path of g++ and the versions of ninja by path, the one that a build runs first."""
     missing = [name for name, found in (("g++", gxx), ("ninja", ninjas)) if not found]
     if missing:
-        level: Level = "warning" if engine == "zero3" else "note"
-        advice = "ZeRO-3 on the CPU, or offloading to it, needs both: apt-get install g++, pip install ninja"
+        level: Level = "warning" if is_zero(engine) else "note"
+        advice = "ZeRO on the CPU, or offloading to it, needs both: apt-get install g++, pip install ninja"
         return Finding(name="build tools", level=level, value=f"no {' and no '.join(missing)}", advice=advice)
     value = f"g++, ninja {next(iter(ninjas.values()))}"
     if len(set(ninjas.values())) == 1:

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from transformers import TrainerCallback
 
+from wan_accel.parallel.names import Engine, is_zero
 from wan_accel.stored_tensors import ReadTensor, dcp_tensors
 
 if TYPE_CHECKING:
@@ -52,15 +53,16 @@ class Ema:
     """Averages of a model's trained parameters, sharded as they are.
 
     Args:
-        model: the unwrapped model, its weights loaded; under ZeRO-3 with an initialised DeepSpeed engine.
+        model: the unwrapped model, its weights loaded; under ZeRO with an initialised DeepSpeed engine.
         settings: decay and place.
-        is_zero3: average this rank's slices of the optimizer's fp32 masters. Collective: it makes a process group.
+        engine: the model's. Under ZeRO an average is one of the equal parts, one a rank, of the optimizer's flattened
+            and padded fp32 masters. Collective there: it makes a process group.
     """
 
-    def __init__(self, model: nn.Module, settings: EmaSettings, *, is_zero3: bool = False) -> None:
+    def __init__(self, model: nn.Module, settings: EmaSettings, *, engine: Engine = "single") -> None:
         self.settings = settings
         self.model = model
-        self.is_zero3 = is_zero3
+        self.engine = engine
         self._parameters: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         device = torch.device("cpu") if settings.device == "cpu" else None
         self.shadow: dict[str, Tensor] = {
@@ -71,17 +73,18 @@ class Ema:
 
     def _live_tensors(self) -> dict[str, Tensor]:
         """The weights as tensors that torch.distributed.checkpoint understands: whole or DTensors."""
-        if not self.is_zero3:
+        if not is_zero(self.engine):
             return {name: parameter.detach() for name, parameter in self._parameters.items()}
         device_type = next(iter(self._parameters.values())).device.type
         mesh = init_device_mesh(device_type, (dist.get_world_size(),))
-        # A slice is one of the equal parts of the flattened and padded parameter.
         return {name: DTensor.from_local(self._current(name), mesh, [Shard(0)]) for name in self._parameters}
 
     def _current(self, name: str) -> Tensor:
-        """This rank's part of a weight."""
+        """This rank's part of a weight. Under ZeRO-2 collective."""
         parameter = self._parameters[name]
-        if self.is_zero3:
+        if self.engine == "zero2":
+            return _equal_part(parameter)
+        if self.engine == "zero3":
             from deepspeed.utils import safe_get_local_fp32_param
 
             return safe_get_local_fp32_param(parameter)
@@ -126,20 +129,20 @@ class Ema:
             self._put_weights_back()
 
     def _put_averages(self) -> None:
-        if self.is_zero3:
+        if is_zero(self.engine):
             for name, parameter in self._parameters.items():
                 average = self.shadow[name].to(parameter.device)
                 assert isinstance(average, DTensor)
-                _set_gathered(parameter, average.full_tensor()[: parameter.ds_numel])
+                _set_forward(parameter, average.full_tensor())
         else:
             self._exchange()
 
     def _put_weights_back(self) -> None:
-        if self.is_zero3:  # the forward weights are a rounded copy of the masters, which were not touched
+        if is_zero(self.engine):  # the forward weights are a rounded copy of the masters, which were not touched
             from deepspeed.utils import safe_get_full_fp32_param
 
             for parameter in self._parameters.values():
-                _set_gathered(parameter, safe_get_full_fp32_param(parameter))
+                _set_forward(parameter, safe_get_full_fp32_param(parameter))
         else:
             self._exchange()
 
@@ -167,7 +170,7 @@ class Ema:
         (folder / FOLDER / _STATE).write_text(json.dumps(counts))
 
     def load(self, folder: Path) -> None:
-        """Load what was written, on any number of ranks (the same number under ZeRO-3). Collective.
+        """Load what was written, on any number of ranks (the same number under ZeRO). Collective.
 
         Raises:
             ValueError: the checkpoint has no average.
@@ -182,12 +185,12 @@ class Ema:
         dcp.load({"ema": self.shadow}, checkpoint_id=str(path), no_dist=not dist.is_initialized())
 
 
-def start_ema(args: "WanTrainingArguments", model: nn.Module, *, is_zero3: bool) -> Ema | None:
+def start_ema(args: "WanTrainingArguments", model: nn.Module, *, engine: Engine) -> Ema | None:
     """The average that the arguments ask for, None without one; `model` as for `Ema`."""
     if not args.ema_decay:
         return None
     settings = EmaSettings(decay=args.ema_decay, update_every=args.ema_update_every, device=args.ema_device)
-    return Ema(model, settings, is_zero3=is_zero3)
+    return Ema(model, settings, engine=engine)
 
 
 class EmaCallback(TrainerCallback):
@@ -211,7 +214,7 @@ def ema_tensors(folder: Path, shapes: Mapping[str, list[int]]) -> ReadTensor:
     if not (path / _STATE).is_file():
         raise ValueError(f"{folder} has no moving average: train with method.ema, or leave --ema out")
     read = dcp_tensors(path, "ema")
-    # ZeRO-3 writes them flat, padded to equal slices.
+    # Under ZeRO they are written flat, padded to equal slices.
     return lambda name: read(name).flatten()[: _numel(shapes[name])].view(shapes[name])
 
 
@@ -223,10 +226,26 @@ def _numel(shape: Collection[int]) -> int:
     return torch.Size(shape).numel()
 
 
-def _set_gathered(parameter: Any, value: Tensor) -> None:
-    """Give a ZeRO-3 parameter's forward copy a value that every rank has whole. Collective."""
+def _equal_part(parameter: Any) -> Tensor:
+    """This rank's part of a ZeRO-2 parameter's fp32 master, whose own cut goes through whole groups. Collective."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    master = safe_get_full_fp32_param(parameter).flatten()
+    size = -(-master.numel() // dist.get_world_size())
+    part = master.new_zeros(size)
+    mine = master[size * dist.get_rank() :][:size]
+    part[: mine.numel()] = mine
+    return part
+
+
+@torch.no_grad()
+def _set_forward(parameter: Any, value: Tensor) -> None:
+    """Give a ZeRO parameter's forward copy a value that every rank has whole, padded or not. Collective."""
     import deepspeed
 
+    if not hasattr(parameter, "ds_shape"):  # ZeRO-2: every rank has its own
+        parameter.copy_(value.flatten()[: parameter.numel()].view(parameter.shape))
+        return
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         if dist.get_rank() == 0:
-            parameter.data.copy_(value.view(parameter.ds_shape))
+            parameter.data.copy_(value.flatten()[: parameter.ds_numel].view(parameter.ds_shape))

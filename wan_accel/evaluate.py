@@ -16,6 +16,7 @@ from wan_accel.lora_files import holds_pair
 from wan_accel.models.hub import resolve_checkpoint
 from wan_accel.models.reader import CheckpointReader
 from wan_accel.models.variants import get_variant
+from wan_accel.parallel.names import is_zero
 from wan_accel.recipe.commandline import parse_overrides, recipe_parser
 from wan_accel.recipe.load import load_recipe
 from wan_accel.recipe.schema import FusedLora, Recipe, SampleVideos
@@ -91,7 +92,7 @@ def evaluate(
         ValueError: no validation in the recipe, an engine that cannot evaluate alone, weights that do not fit, or a
             folder for videos that holds something else.
     """
-    if launched_engine() == "zero3":
+    if is_zero(launched_engine()):
         raise ValueError("evaluation runs on one process, DDP or FSDP2: use another --config_file")
     if not recipe.validation.every_steps:
         raise ValueError("validation.every_steps is 0, so the recipe has no validation draws: set it, e.g. to 100")

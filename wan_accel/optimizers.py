@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+from wan_accel.parallel.names import Offload, is_zero
+
 # Names of transformers' OptimizerNames, each with the engines on which it is not right, and why.
 _UNUSABLE: dict[str, dict[str, str]] = {
     "adamw_torch": {},
@@ -12,26 +14,36 @@ _UNUSABLE: dict[str, dict[str, str]] = {
     # parameters; DeepSpeed hands it flat slices of many parameters, which have no rows.
     "adafactor": {
         "fsdp2": "it cannot work on sharded parameters",
-        "zero3": "ZeRO-3 gives it flat slices, so that its row and column statistics would mean nothing",
+        "zero3": "ZeRO gives it flat slices, so that its row and column statistics would mean nothing",
     },
     # torchao quantizes a tensor only if 256 divides its elements; of ZeRO's flat slices that is true by chance.
-    "adamw_torch_8bit": {"zero3": "ZeRO-3 gives it flat slices, which it would mostly leave unquantized"},
+    "adamw_torch_8bit": {"zero3": "ZeRO gives it flat slices, which it would mostly leave unquantized"},
 }
-_SHARDED_LIKE = {"hsdp": "fsdp2"}
+_SHARDED_LIKE = {"hsdp": "fsdp2", "zero2": "zero3"}
+# Accelerate hands ZeRO's offloading a DeepSpeedCPUAdam in place of any other (1.15, `map_pytorch_optim_to_deepspeed`):
+# of these two it is the same update.
+_OFFLOADED = ("adamw_torch", "adamw_torch_fused")
 
 
-def usable_optimizers(engine: str | None = None) -> list[str]:
+def usable_optimizers(engine: str | None = None, offload: Offload = "none") -> list[str]:
     """Optimizers for `training.optim` on an engine; on any engine where it is None."""
+    if is_zero(engine) and offload != "none":
+        return list(_OFFLOADED)
     engine = _SHARDED_LIKE.get(engine or "", engine)
     return [name for name, refused in _UNUSABLE.items() if engine not in refused]
 
 
-def optimizer_problem(optim: str, engine: str | None = None) -> str | None:
-    """What is wrong with `training.optim` on an engine (`single`, `ddp`, `fsdp2`, `hsdp`, `zero3`), None if nothing."""
-    usable = usable_optimizers(engine)
+def optimizer_problem(optim: str, engine: str | None = None, offload: Offload = "none") -> str | None:
+    """What is wrong with `training.optim` on an engine (as `recipe.check` takes it), None if nothing."""
+    usable = usable_optimizers(engine, offload)
     if optim in usable:
         return None
     where = f" with {engine}" if engine else ""
+    if optim in usable_optimizers(engine):
+        return (
+            f"training.optim={optim} cannot be used{where} and offloading: accelerate would put DeepSpeed's AdamW for "
+            f"the CPU in its place; use {', '.join(usable)}"
+        )
     reason = _UNUSABLE.get(optim, {}).get(_SHARDED_LIKE.get(engine or "", engine or ""), "it is not tested here")
     return f"training.optim={optim} cannot be used{where}: {reason}; use {', '.join(usable)}"
 

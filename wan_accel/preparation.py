@@ -9,7 +9,8 @@ from torch.distributed.fsdp import FSDPModule
 from wan_accel.metrics import write_run_state
 from wan_accel.models.denoiser import WanDenoiser, inject_ulysses
 from wan_accel.models.pair import ExpertPair
-from wan_accel.parallel.fsdp import assert_sharded, fully_shard_denoiser
+from wan_accel.parallel.fsdp import assert_sharded, fully_shard_denoiser, offloads
+from wan_accel.parallel.names import is_zero
 from wan_accel.parallel.zero import JointOptimizer, prepare_engine
 from wan_accel.watchdog import Watchdog
 
@@ -32,8 +33,9 @@ def apply_parallelism(trainer: "WanTrainer", model: WanDenoiser) -> None:
         inject_ulysses(model, group)
     if trainer.engine == "fsdp2":
         if not isinstance(model, FSDPModule):
-            model.to(trainer.accelerator.device)
             plugin = trainer.accelerator.state.fsdp_plugin
+            if not offloads(plugin):
+                model.to(trainer.accelerator.device)
             fully_shard_denoiser(model, plugin, trainer.dims.shard_mesh(device_type))
         assert_sharded(model)
 
@@ -68,8 +70,8 @@ def prepare_sharded(trainer: "WanTrainer", max_steps: int) -> nn.Module:
 
 
 def prepare_pair(trainer: "WanTrainer", pair: ExpertPair, max_steps: int) -> nn.Module:
-    """Wrap each expert by itself. Under ZeRO-3 each has an engine with its own optimizer, which steps by itself."""
-    if trainer.engine == "zero3":
+    """Wrap each expert by itself. Under ZeRO each has an engine with its own optimizer, which steps by itself."""
+    if is_zero(trainer.engine):
         trainer.lanes, trainer.optimizer = _prepare_zero_pair(trainer, pair, max_steps)
     else:
         trainer.create_optimizer()

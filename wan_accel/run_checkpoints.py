@@ -19,6 +19,7 @@ from wan_accel import checkpoint, ema
 from wan_accel.checkpoint import Manifest
 from wan_accel.checkpoint_writer import Job, can_be_copied, host_bytes
 from wan_accel.optimizer_settings import put_settings, resume_schedule, settings_of
+from wan_accel.parallel.names import is_zero
 from wan_accel.training_state import load_weights, training_state
 
 if TYPE_CHECKING:
@@ -40,10 +41,10 @@ def save_checkpoint(trainer: "WanTrainer", model: nn.Module) -> None:
     DeepSpeed writes its own before this returns.
     """
     started, step = time.perf_counter(), trainer.state.global_step
-    is_sharded = trainer.engine in ("fsdp2", "zero3")
+    is_sharded = trainer.engine == "fsdp2" or is_zero(trainer.engine)
     folder = checkpoint.start(trainer.output_dir, step)
     parts = {} if trainer.ema is None else {ema.FOLDER: trainer.ema.state()}
-    if trainer.engine == "zero3":
+    if is_zero(trainer.engine):
         for expert, engine in _engines(trainer).items():
             engine.save_checkpoint(str(checkpoint.zero_folder(folder, expert)), exclude_frozen_parameters=True)
     else:
@@ -53,7 +54,7 @@ def save_checkpoint(trainer: "WanTrainer", model: nn.Module) -> None:
         _write_small_files(trainer, folder)
     manifest, keep = manifest_of(trainer, step), trainer.args.save_total_limit
     job = Job(folder=folder, manifest=manifest, parts=parts, keep=keep, sharded=is_sharded)
-    trainer.writer.write(job, beside=trainer.engine != "zero3" and _can_stage(trainer, job))
+    trainer.writer.write(job, beside=not is_zero(trainer.engine) and _can_stage(trainer, job))
     seconds = time.perf_counter() - started
     trainer._logged.save_seconds += seconds
     _say(trainer, f"checkpoint-{step}: training waited {seconds:.2f} s for it", level=logging.INFO)
@@ -140,7 +141,7 @@ def _plain_optimizer(trainer: "WanTrainer") -> torch.optim.Optimizer:
 
 
 def _engines(trainer: "WanTrainer") -> dict[str, Any]:
-    """DeepSpeed's engine of each expert under ZeRO-3."""
+    """DeepSpeed's engine of each expert."""
     return trainer.lanes
 
 
@@ -156,7 +157,7 @@ def resume(trainer: "WanTrainer", folder: Path, model: nn.Module) -> None:
         _say(trainer, problem)
     assert trainer.optimizer is not None and trainer.lr_scheduler is not None
     settings = settings_of(trainer.optimizer)
-    if trainer.engine == "zero3":
+    if is_zero(trainer.engine):
         _load_engines(trainer, folder)
     else:
         load_weights(folder, model, _plain_optimizer(trainer))
@@ -177,7 +178,7 @@ def check_same_run(folder: Path, saved: Manifest, current: Manifest) -> None:
     Raises:
         ValueError: they are another engine's, model's or optimizer's.
     """
-    if (saved.engine == "zero3") != (current.engine == "zero3"):
+    if saved.engine != current.engine and (is_zero(saved.engine) or is_zero(current.engine)):
         raise ValueError(
             f"{folder} was written by {saved.engine} and cannot be resumed with {current.engine}: "
             f"resume with {saved.engine}, or export its weights and start a new run from them"
@@ -191,9 +192,9 @@ def check_same_run(folder: Path, saved: Manifest, current: Manifest) -> None:
             f"{folder} holds the state of training.optim={before}, which {now} cannot go on from: resume with "
             f"{before}, or export the weights and start a new run from them"
         )
-    if saved.engine == "zero3" and saved.world_size != current.world_size:
+    if is_zero(saved.engine) and saved.world_size != current.world_size:
         raise ValueError(
-            f"{folder} was written by {saved.world_size} ZeRO-3 processes and cannot be resumed on "
+            f"{folder} was written by {saved.world_size} {saved.engine} processes and cannot be resumed on "
             f"{current.world_size}: start {saved.world_size}"
         )
 

@@ -50,7 +50,7 @@ def dcp_tensors(folder: Path, key: str) -> ReadTensor:
 
 
 def zero_tensors(folders: Mapping[str, Path]) -> ReadTensor:
-    """Read the fp32 masters that DeepSpeed wrote under ZeRO-3; the ranks' files are mapped, not read.
+    """Read the fp32 masters that DeepSpeed wrote under ZeRO-2 or ZeRO-3; the ranks' files are mapped, not read.
 
     Args:
         folders: what stands before an engine's names -> its folder.

@@ -32,7 +32,9 @@ from wan_accel.models.variants import Expert, get_variant
 from wan_accel.nonfinite import NonFiniteError
 from wan_accel.parallel.agreement import announce_failure, announced_failure, from_main_rank
 from wan_accel.parallel.cpu import enable_fsdp_on_cpu
+from wan_accel.parallel.engine import launched_offload
 from wan_accel.parallel.mesh import ParallelDims
+from wan_accel.parallel.names import is_zero
 from wan_accel.parallel.replicas import launched_replicas
 from wan_accel.parallel.restarts import meet_anew
 from wan_accel.plan.misfit import check_fit
@@ -100,7 +102,8 @@ def build_trainer(
         ValueError: the recipe, dataset, checkpoint or layout cannot be used; nothing has been written.
     """
     enable_fsdp_on_cpu()
-    problems = check(recipe, world_size=int(os.environ.get("WORLD_SIZE", "1")), engine=launched_engine())
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    problems = check(recipe, world_size=world_size, engine=launched_engine(), offload=launched_offload())
     if problems:
         raise ValueError("\n".join([f"{len(problems)} problems in the recipe:", *problems]))
     args = WanTrainingArguments(**{**training_arguments(recipe), **_launch_arguments()})
@@ -164,14 +167,14 @@ def _launch_arguments() -> dict[str, Any]:
     Under DeepSpeed they have to repeat the accelerate config's precision, and must not say that a job without a GPU
     uses the CPU: accelerate would leave DeepSpeed out.
     """
-    is_zero3 = launched_engine() == "zero3"
+    with_deepspeed = is_zero(launched_engine())
     arguments: dict[str, Any] = {}
-    if is_zero3 and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
+    if with_deepspeed and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
         arguments["bf16"] = True
     if not torch.cuda.is_available():
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             arguments["ddp_backend"] = "gloo"
-        if not is_zero3:
+        if not with_deepspeed:
             arguments["use_cpu"] = True
     return arguments
 

@@ -49,8 +49,9 @@ from wan_accel.objective import micro_batch_loss
 from wan_accel.optimizer_settings import IntervalsCallback
 from wan_accel.optimizers import optimizer_problem
 from wan_accel.parallel.agreement import from_main_rank
-from wan_accel.parallel.engine import detect_engine
+from wan_accel.parallel.engine import detect_engine, detect_offload
 from wan_accel.parallel.mesh import ParallelDims
+from wan_accel.parallel.names import is_zero
 from wan_accel.parallel.zero import backward_zero, refuse_offload
 from wan_accel.preemption import Preemption
 from wan_accel.preparation import apply_parallelism, dp_replicate, prepare_pair, prepare_sharded, start_watchdog
@@ -136,11 +137,12 @@ class WanTrainer(Trainer):
             apply_parallelism(self, denoiser)
         self._step_experts: list[str] = []
         self._norms: dict[str, Tensor | float] = {}
-        problem = optimizer_problem(OptimizerNames(args.optim).value, self.engine)
+        offload = detect_offload(self.accelerator, self.engine)
+        problem = optimizer_problem(OptimizerNames(args.optim).value, self.engine, offload)
         if problem is not None:
             raise ValueError(problem)
         if self.engine == "zero3" and args.ema_decay:
-            refuse_offload(self.accelerator.state.deepspeed_plugin.deepspeed_config)
+            refuse_offload(offload)
         self.ema: Ema | None = None
         self.writer = CheckpointWriter()
         self.guard = FiniteGuard(args, plan, train_dataset, self.dims, self.writer)
@@ -190,7 +192,7 @@ class WanTrainer(Trainer):
         else:
             model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
             self.lanes = {self.expert: model}
-        self.ema = start_ema(self.args, self._unwrapped, is_zero3=self.engine == "zero3")
+        self.ema = start_ema(self.args, self._unwrapped, engine=self.engine)
         if resume_from_checkpoint is not None:
             resume(self, Path(resume_from_checkpoint), model)
         for name in ("model", "optimizer", "lr_scheduler"):
@@ -240,7 +242,7 @@ class WanTrainer(Trainer):
         self.accelerator.gradient_state._set_sync_gradients(is_last)
         with lane.no_sync() if self.engine == "ddp" and not is_last else nullcontext():  # type: ignore[operator]
             loss = self._micro_loss(expert, batch, num_samples)
-            if self.engine == "zero3":
+            if is_zero(self.engine):
                 backward_zero(lane, loss, is_last=is_last)
             else:
                 self.accelerator.backward(loss)
@@ -314,7 +316,7 @@ class WanTrainer(Trainer):
             RuntimeError: this DeepSpeed did not.
         """
         lane: Any = self.lanes[expert]
-        if self.engine != "zero3":
+        if not is_zero(self.engine):
             lane.zero_grad(set_to_none=True)
         elif not lane.optimizer.overflow:
             raise RuntimeError("this DeepSpeed steps with gradients that are not finite: upgrade it (0.19.8 is tested)")
@@ -325,7 +327,7 @@ class WanTrainer(Trainer):
     def stepped_names(self) -> list[str]:
         """Trained parameters that the optimizer has just stepped, before their gradients are cleared."""
         trained = {name: p for name, p in self._unwrapped.named_parameters() if p.requires_grad}
-        if self.engine != "zero3":
+        if not is_zero(self.engine):
             return [name for name, parameter in trained.items() if parameter.grad is not None]
         # Engines have cleared theirs by now.
         stepped = set(self._step_experts) - self.guard.last_left_out
@@ -333,7 +335,7 @@ class WanTrainer(Trainer):
         return [name for name in trained if (name.split(".")[0] if is_pair else self.expert) in stepped]
 
     def _clip_lane(self, lane: nn.Module) -> Tensor | float:
-        if self.engine == "zero3":
+        if is_zero(self.engine):
             return lane.get_global_grad_norm()  # type: ignore[operator]  # the engine has clipped and stepped already
         norm = self.accelerator.clip_grad_norm_(lane.parameters(), self.args.max_grad_norm or math.inf)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

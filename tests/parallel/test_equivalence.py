@@ -26,7 +26,7 @@ def train(
     enable_fsdp_on_cpu()
     args = WanTrainingArguments(
         output_dir=output_dir, max_steps=NUM_STEPS, learning_rate=1e-3, logging_steps=1, save_strategy="no",
-        use_cpu=options.get("engine") != "zero3", ddp_backend="gloo" if options["world_size"] > 1 else None,
+        use_cpu=not options["engine"].startswith("zero"), ddp_backend="gloo" if options["world_size"] > 1 else None,
         lr_scheduler_type="constant", global_batch=GLOBAL_BATCH, ulysses=ulysses, weight_decay=0.01,
         disable_tqdm=True, max_grad_norm=0.5, **options.get("arguments", {}),
     )  # fmt: skip
@@ -83,7 +83,7 @@ def run_blocks(trainer: Any, options: dict[str, Any]) -> None:
 
 def record_gradients(trainer: Any, gradients: dict[str, torch.Tensor]) -> None:
     """Keep every gradient of the first step, whole and before clipping."""
-    if trainer.engine == "zero3":
+    if trainer.engine.startswith("zero"):
         from deepspeed.runtime.engine import DeepSpeedEngine
         from deepspeed.utils import safe_get_full_grad
 

@@ -6,7 +6,7 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from wan_accel.models.denoiser import WanDenoiser
@@ -32,12 +32,24 @@ def fully_shard_denoiser(model: WanDenoiser, plugin: FullyShardedDataParallelPlu
         "mesh": mesh,
         "reshard_after_forward": plugin.reshard_after_forward,
         "mp_policy": mixed_precision_policy(plugin),
-        "offload_policy": plugin.cpu_offload,
+        "offload_policy": _offload_policy(plugin, mesh),
     }
     for unit in shard_units(model):
         fully_shard(unit, **options)
     fully_shard(model, **options)
     return model
+
+
+def offloads(plugin: FullyShardedDataParallelPlugin) -> bool:
+    """Whether parameters, gradients and optimizer state stay in host memory (fsdp_offload_params)."""
+    return isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+
+
+def _offload_policy(plugin: FullyShardedDataParallelPlugin, mesh: DeviceMesh) -> OffloadPolicy:
+    """The plugin's; CPU ranks have no accelerator to pin memory for."""
+    if offloads(plugin) and mesh.device_type == "cpu":
+        return CPUOffloadPolicy(pin_memory=False)
+    return plugin.cpu_offload
 
 
 def shard_units(model: WanDenoiser) -> list[nn.Module]:
@@ -72,8 +84,6 @@ def _refuse_unhonoured(plugin: FullyShardedDataParallelPlugin) -> None:
         raise ValueError(
             f"fsdp_version={plugin.fsdp_version} is not supported: set fsdp_version: 2 in the accelerate config"
         )
-    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        raise ValueError("fsdp_offload_params: true is not available yet: use more GPUs, or ZeRO-3 with offload")
     for row in REFUSED:
         value = getattr(plugin, row.attribute) if row.attribute is not None else None
         if value:

@@ -1,11 +1,13 @@
-"""ZeRO-3: one DeepSpeed engine an expert, and what Trainer needs to drive several."""
+"""ZeRO: one DeepSpeed engine an expert, and what Trainer needs to drive several."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+
+from wan_accel.parallel.names import Offload
 
 
 class JointOptimizer(torch.optim.Optimizer):
@@ -53,18 +55,16 @@ def backward_zero(engine: Any, loss: Tensor, *, is_last: bool) -> None:
         engine.step()
 
 
-def refuse_offload(config: Mapping[str, Any]) -> None:
-    """Refuse a moving average where DeepSpeed keeps parameters or masters elsewhere than on the GPU.
+def refuse_offload(offload: Offload) -> None:
+    """Refuse a moving average where ZeRO-3 keeps parameters or masters elsewhere than on the GPU.
 
     The average is made of DTensors on the GPU's mesh, which would bring all masters there at once.
 
     Raises:
-        ValueError: the DeepSpeed config offloads.
+        ValueError: there is offloading.
     """
-    for part in ("offload_optimizer", "offload_param"):
-        device = config["zero_optimization"].get(part, {}).get("device", "none")
-        if device != "none":
-            raise ValueError(
-                f"method.ema cannot be used with ZeRO-3's {part} to {device} yet: set {part}_device: none in the "
-                "accelerate config, or remove method.ema"
-            )
+    if offload != "none":
+        raise ValueError(
+            "method.ema cannot be used with ZeRO-3's offloading yet: set offload_optimizer_device and "
+            "offload_param_device to none in the accelerate config, use ZeRO-2 or FSDP2, or remove method.ema"
+        )

@@ -7,6 +7,7 @@ from wan_accel.draws import Bucket
 from wan_accel.models.conditioning.estimate import BYTES_STORED, bytes_by_column
 from wan_accel.models.variants import TEXT_LENGTH, Variant
 from wan_accel.optimizers import state_bytes
+from wan_accel.parallel.names import is_zero
 from wan_accel.plan.formula import FP32, Fixed, Trained
 from wan_accel.plan.layout import Layout
 from wan_accel.plan.weights import Unit, total
@@ -58,7 +59,7 @@ def clip_bytes(variant: Variant, bucket: Bucket, known_variants: int) -> int:
 
 def _staged(units: Sequence[Unit], layout: Layout, how: Trained, fixed: Fixed) -> int:
     """The rank's own shards, or on rank 0 everything; DeepSpeed writes its own checkpoints without a copy."""
-    if layout.engine == "zero3":
+    if is_zero(layout.engine):
         return 0
     trained = sum(weight.shard(layout.num_shards) for unit in units for weight in unit.trained())
     ema = FP32 * trained if how.ema else 0

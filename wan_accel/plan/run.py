@@ -71,7 +71,9 @@ def ask_of(recipe: Recipe, layout: Layout, *, shapes: Sequence[str], num_clips: 
     """
     variant = get_variant(recipe.variant)
     tensors = open_shapes(recipe, variant)
-    problems = check(recipe, world_size=layout.world_size, engine=layout.engine, num_heads=tensors.num_heads)
+    problems = check(
+        recipe, world_size=layout.world_size, engine=layout.engine, offload=layout.offload, num_heads=tensors.num_heads
+    )
     if problems:
         raise ValueError("\n".join([f"{len(problems)} problems in the recipe:", *problems]))
     clips = find_clips(recipe.data, variant, [parse_shape(shape) for shape in shapes], num_clips)

@@ -13,20 +13,27 @@ from wan_accel.models.variants import Variant, get_variant
 from wan_accel.optimizers import optimizer_problem
 from wan_accel.parallel.config_checks import config_problems
 from wan_accel.parallel.degrees import usable_degrees
+from wan_accel.parallel.names import Offload, engine_of_stage, is_zero, zero_offload
 from wan_accel.recipe.check_data import check_data
 from wan_accel.recipe.schema import Objective, Recipe
 from wan_accel.sample_schedule import drawn_sigmas
 
 
 def check(
-    recipe: Recipe, *, world_size: int | None = None, engine: str | None = None, num_heads: int | None = None
+    recipe: Recipe,
+    *,
+    world_size: int | None = None,
+    engine: str | None = None,
+    offload: Offload = "none",
+    num_heads: int | None = None,
 ) -> list[str]:
     """Every problem of a recipe on a layout, one line each; an empty list means it fits.
 
     Args:
         recipe: a loaded recipe.
         world_size: processes, where known.
-        engine: `single`, `ddp`, `fsdp2`, `hsdp` or `zero3`, where known.
+        engine: `single`, `ddp`, `fsdp2`, `hsdp`, `zero2` or `zero3`, where known.
+        offload: what the engine keeps in host memory.
         num_heads: of the checkpoint; the variant's by default, as released.
     """
     try:
@@ -44,7 +51,7 @@ def check(
             f"model.revision={recipe.model.revision} is of a hub id, and model.checkpoint={recipe.model.checkpoint} is "
             "a local folder: remove the key"
         )
-    problems += _check_method(recipe, engine)
+    problems += _check_method(recipe, engine, offload)
     problems += _check_sample(recipe, variant)
     folders = [("data.latents", recipe.data.latents), ("data.clips", recipe.data.clips)]
     folders += [(f"data.datasets[{number}].path", part.path) for number, part in enumerate(recipe.data.datasets)]
@@ -54,7 +61,7 @@ def check(
                 f"{key}={path} is remote: every process would copy all of it. Stage it first, e.g. "
                 f"`aws s3 sync {path} /local/{Path(path).name}`, and give the local folder"
             )
-    if recipe.method.kind == "full" and recipe.model.torch_dtype != "float32" and engine != "zero3":
+    if recipe.method.kind == "full" and recipe.model.torch_dtype != "float32" and not is_zero(engine):
         problems.append(
             "model.torch_dtype=bfloat16 with method.kind=full: small updates would be rounded away; use float32 (the "
             "accelerate config's mixed_precision: bf16 computes in bfloat16)"
@@ -111,11 +118,13 @@ def _check_objective(objective: Objective) -> list[str]:
     ]
 
 
-def _check_method(recipe: Recipe, engine: str | None) -> list[str]:
+def _check_method(recipe: Recipe, engine: str | None, offload: Offload) -> list[str]:
     problems = []
-    optim = optimizer_problem(recipe.training.get("optim", "adamw_torch"), engine)
+    optim = optimizer_problem(recipe.training.get("optim", "adamw_torch"), engine, offload)
     if optim is not None:
         problems.append(optim)
+    if recipe.method.ema is not None and engine == "zero3" and offload != "none":
+        problems.append("method.ema cannot be used with ZeRO-3's offloading yet: use ZeRO-2 or FSDP2, or remove it")
     if recipe.validation.ema and recipe.method.ema is None:
         problems.append("validation.ema=true without a moving average: set method.ema, e.g. {decay: 0.9999}")
     return problems
@@ -172,10 +181,7 @@ def read_engine(path: Path) -> str:
     Raises:
         ValueError: the file cannot be read, or asks for an engine or a setting that is not supported.
     """
-    try:
-        config: dict[str, Any] = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"accelerate config {path} cannot be read: {error}") from None
+    config = _read_config(path)
     engine = _engine_of(path, config)
     problems = config_problems(config)
     if problems:
@@ -186,10 +192,10 @@ def read_engine(path: Path) -> str:
 def _engine_of(path: Path, config: Mapping[str, Any]) -> str:
     kind = str(config.get("distributed_type", "NO")).upper()
     if kind == "DEEPSPEED":
-        stage = (config.get("deepspeed_config") or {}).get("zero_stage")
-        if stage != 3:
-            raise ValueError(f"{path}: zero_stage={stage} is not supported yet: use 3")
-        return "zero3"
+        try:
+            return engine_of_stage((config.get("deepspeed_config") or {}).get("zero_stage"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     if kind == "FSDP":
         if (config.get("fsdp_config") or {}).get("fsdp_version") != 2:
             raise ValueError(f"{path}: only fsdp_version: 2 is supported")
@@ -200,3 +206,30 @@ def _engine_of(path: Path, config: Mapping[str, Any]) -> str:
         advice = "MULTI_GPU, on CPUs too (accelerate starts one process)" if is_cpu else "recipes/accelerate"
         raise ValueError(f"{path}: distributed_type={kind} is not supported: use {advice}")
     return _PLAIN_ENGINES[kind]
+
+
+def read_offload(path: Path) -> Offload:
+    """What an accelerate config file asks to be kept in host memory.
+
+    Raises:
+        ValueError: the file cannot be read, or asks for what is not supported.
+    """
+    config = _read_config(path)
+    engine = _engine_of(path, config)
+    if engine in ("fsdp2", "hsdp"):
+        return "parameters" if (config.get("fsdp_config") or {}).get("fsdp_offload_params") else "none"
+    if not is_zero(engine):
+        return "none"
+    zero = config.get("deepspeed_config") or {}
+    try:
+        places = {part: str(zero.get(f"offload_{part}_device", "none")) for part in ("optimizer", "param")}
+        return zero_offload(engine, **places)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"accelerate config {path} cannot be read: {error}") from None
