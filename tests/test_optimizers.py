@@ -15,7 +15,7 @@ from wan_accel.optimizers import optimizer_problem, usable_optimizers
 from wan_accel.recipe.check import check
 from wan_accel.recipe.load import load_recipe
 
-ENGINES = {"single": 1, "ddp": 2, "fsdp2": 2, "zero3": 2}
+ENGINES = {"single": 1, "ddp": 2, "fsdp2": 2, "zero2": 2, "zero3": 2}
 Weights = dict[str, torch.Tensor]
 ARGUMENTS = {"sgd": {"learning_rate": 1.0, "max_grad_norm": 0.1, "optim_args": "momentum=0.9"}}
 # Relative to the update of a run on one process. 8-bit moments are rounded in blocks of 256 elements of a shard.

@@ -45,7 +45,8 @@ def train(
         output_dir=output_dir, max_steps=NUM_STEPS, learning_rate=1e-3, logging_steps=1, save_steps=2,
         save_strategy="steps",
         use_cpu=not engine.startswith("zero"), ddp_backend="gloo" if world_size > 1 else None,
-        lr_scheduler_type="cosine", warmup_steps=2, global_batch=global_batch, ulysses=ulysses, disable_tqdm=True, save_total_limit=2,
+        lr_scheduler_type="cosine", warmup_steps=2, global_batch=global_batch, ulysses=ulysses, disable_tqdm=True,
+        save_total_limit=2,
     )  # fmt: skip
     variant = VARIANTS["t2v-1.3b"]
     lora = LoraSettings(r=4, lora_alpha=8.0) if method == "lora" else None
@@ -68,6 +69,7 @@ LAYOUTS = {
     "single": ("single", 1),
     "ddp": ("ddp", 2),
     "fsdp2": ("fsdp2", 2),
+    "zero2": ("zero2", 2),
     "zero3": ("zero3", 2),
 }
 

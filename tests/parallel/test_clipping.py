@@ -14,6 +14,7 @@ LAYOUTS = {
     # name: (engine, processes, ulysses)
     "ddp": ("ddp", 2, 1),
     "fsdp2": ("fsdp2", 2, 1),
+    "zero2": ("zero2", 2, 1),
     "zero3": ("zero3", 2, 1),
     "ddp-ulysses": ("ddp", 2, 2),
     "fsdp2-ulysses": ("fsdp2", 2, 2),

@@ -17,6 +17,7 @@ from wan_accel.models.reader import CheckpointReader
 from wan_accel.models.variants import VARIANTS
 from wan_accel.optimizers import DEFAULT_OPTIM, state_bytes, usable_optimizers
 from wan_accel.plan.ask import units_of_skeleton
+from wan_accel.plan.collectives import CountCollectives
 from wan_accel.plan.formula import (
     Load,
     StepMemory,
@@ -26,7 +27,8 @@ from wan_accel.plan.formula import (
     optimizer_step_bytes,
     peak_of,
 )
-from wan_accel.plan.layout import Layout
+from wan_accel.plan.layout import Layout, Offload
+from wan_accel.plan.traffic import micro_step_traffic
 from wan_accel.plan.verdict import GIB, Budget, parse_memory
 from wan_accel.plan.weights import Unit, Weight, released_shapes, total
 
@@ -54,6 +56,9 @@ def test_released_sizes_over_64_ranks(variant: str) -> None:
     zero = fixed_bytes(units, Layout(engine="zero3", world_size=64), ADAMW)
     assert (zero.parameters, zero.gradients) == pytest.approx((2 * count / 64, 2 * count / 64), rel=1e-3)
     assert zero.optimizer == pytest.approx(12 * count / 64, rel=1e-3)  # fp32 masters and moments
+    half = fixed_bytes(units, Layout(engine="zero2", world_size=64), ADAMW)
+    assert half.parameters == 2 * count and half.gradients == pytest.approx(2 * count / 64)
+    assert half.optimizer == pytest.approx(12 * count / 64)
     whole = fixed_bytes(units, Layout(engine="ddp", world_size=64), ADAMW)
     assert (whole.parameters, whole.gradients, whole.optimizer) == (4 * count, 4 * count, 8 * count)
 
@@ -82,6 +87,10 @@ def test_offloading() -> None:
     assert fixed["none"].total == pytest.approx(16 * count / 8, rel=1e-3) and fixed["none"].host == 0
     assert fixed["optimizer"].total == pytest.approx(2 * count / 8, rel=1e-3)
     assert fixed["optimizer"].host == pytest.approx(18 * count / 8, rel=1e-3)
+    sharded = fixed_bytes(units, Layout(engine="fsdp2", world_size=8, offload="parameters"), ADAMW)
+    assert sharded.total == 0 and sharded.host == pytest.approx(16 * count / 8, rel=0.01)
+    half = fixed_bytes(units, Layout(engine="zero2", world_size=8, offload="optimizer"), ADAMW)
+    assert half.total == 2 * count and half.host == pytest.approx(20 * count / 8)
     assert fixed["parameters"].total == 0 and fixed["parameters"].host == pytest.approx(20 * count / 8, rel=1e-3)
 
 
@@ -98,6 +107,9 @@ def test_buffers_by_hand() -> None:
     assert gathered_bytes(units, kept) == around + 2 * gathered + 2 * 8 * 10 + reduced
     assert gathered_bytes(units, Layout(engine="ddp", world_size=8)) == 4 * (2 * 1000 + 6)
     assert gathered_bytes(units, Layout(engine="single", world_size=1)) == 0
+    on_host = Layout(engine="fsdp2", world_size=8, offload="parameters")
+    assert gathered_bytes(units, on_host) == gathered_bytes(units, layout) + 2 * 4 * 13 * 10
+    assert gathered_bytes(units, Layout(engine="zero2", world_size=8)) == 2 * (500_000_000 + 2006)
     # ZeRO-3: all 2086 parameters may be live, and the bucket is as large as DeepSpeed makes it.
     assert gathered_bytes(units, Layout(engine="zero3", world_size=8)) == 2 * (2086 + 500_000_000)
 
@@ -181,6 +193,62 @@ def test_zero3_holds_what_the_formula_says(tmp_path: Path) -> None:
     }  # fmt: skip
     assert found["masters"] == found["parameters"]  # fp32 parameters are their own masters: not counted twice
     assert found["bucket"] == 4 * layout.zero.reduce_bucket_size
+
+
+def zero2_bytes(base: str, output_dir: str, engine: str) -> dict[str, Any]:
+    """What a DeepSpeed engine holds after a step, its gradients at the end of the backward pass, and what it sent."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    gradients, original = [0], DeepSpeedEngine.step
+
+    def step(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        averaged = engine.optimizer.averaged_gradients.values()
+        gradients.append(size(tensor for group in averaged if group is not None for tensor in group))
+        return original(engine, *args, **kwargs)
+
+    def size(tensors: Any) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    DeepSpeedEngine.step = step
+    trainer = small_trainer(base, output_dir, engine, max_steps=1, save_strategy="no", optim="adamw_torch")
+    with CountCollectives({}) as counted:
+        trainer.train()
+    optimizer: Any = trainer.model_wrapped.optimizer
+    masters, states = optimizer.single_partition_of_fp32_groups, optimizer.optimizer.state.values()
+    above = [*optimizer.param_buffer_of_bit16_for_cpu_offload_groups] if "offload" in engine else []
+    return {
+        "parameters": size(trainer.model.parameters()),
+        "gradients": gradients[-1],
+        "optimizer": size(masters) + size(state[name] for state in states for name in ("exp_avg", "exp_avg_sq")),
+        "on_host": size(master.grad for master in masters if master.grad is not None) + size(above),
+        "sent": {
+            kind: sum(one.bytes for one in counted.traffic if one.kind == kind) for kind in ("all-reduce", "all-gather")
+        },
+    }
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer"])
+def test_zero2_holds_what_the_formula_says(offload: Offload, tmp_path: Path) -> None:
+    """To 2%: DeepSpeed pads the two groups of parameters, and reduces norms besides."""
+    base = write_checkpoint(tmp_path / "base", "t2v-1.3b")
+    engine = "zero2" if offload == "none" else "zero2-offload"
+    found = run_ranks(zero2_bytes, 2, str(base), str(tmp_path / "run"), engine, engine=engine)[0]
+    units = units_of_skeleton(VARIANTS["t2v-1.3b"], CheckpointReader(base), Techniques())
+    layout = Layout(engine="zero2", world_size=2, is_mixed=False, offload=offload)
+    fixed = fixed_bytes(units, layout, Trained(optim="adamw_torch"))
+    count = total(weight for unit in units for weight in unit.weights)
+    assert (found["parameters"], fixed.parameters) == (4 * count, 4 * count)
+    if offload == "none":
+        assert (found["optimizer"], found["gradients"]) == pytest.approx((fixed.optimizer, fixed.gradients), rel=0.02)
+    else:
+        assert (fixed.optimizer, fixed.gradients, found["gradients"]) == (0, 0, 0)
+        waiting = 4 * count // 2  # gradients of several micro-steps, of which this run has one
+        assert found["optimizer"] + found["on_host"] + waiting == pytest.approx(fixed.host, rel=0.02)
+    (reduced, gathered) = (one.bytes for one in micro_step_traffic(
+        units, layout, VARIANTS["t2v-1.3b"].dit, num_samples=1, num_tokens=1, policy="none"
+    ))  # fmt: skip
+    assert found["sent"]["all-reduce"] == pytest.approx(reduced, rel=0.02)
+    assert found["sent"]["all-gather"] == pytest.approx(gathered, rel=0.02)
 
 
 def test_verdicts() -> None:

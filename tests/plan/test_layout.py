@@ -19,6 +19,11 @@ CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
         ("fsdp2", 64, Layout(engine="fsdp2", world_size=64, ulysses=4)),
         ("hsdp", 16, Layout(engine="fsdp2", world_size=16, ulysses=4)),  # on one machine
         ("zero3", 8, Layout(engine="zero3", world_size=8, ulysses=4)),
+        ("zero2", 8, Layout(engine="zero2", world_size=8, ulysses=4)),
+        ("cpu_zero2", 1, Layout(engine="zero2", world_size=1, ulysses=4, is_mixed=False)),
+        ("zero2_offload", 8, Layout(engine="zero2", world_size=8, ulysses=4, offload="optimizer")),
+        ("zero3_offload", 1, Layout(engine="zero3", world_size=1, ulysses=4, offload="parameters")),
+        ("fsdp2_offload", 8, Layout(engine="fsdp2", world_size=8, ulysses=4, offload="parameters")),
         ("ddp", 8, Layout(engine="ddp", world_size=8, ulysses=4)),
         ("ddp", 1, Layout(engine="single", world_size=1, ulysses=4)),
         ("fsdp2", 1, Layout(engine="single", world_size=1, ulysses=4)),
@@ -44,8 +49,6 @@ def test_what_a_config_changes(tmp_path: Path) -> None:
     assert (layout.world_size, layout.reshard_after_forward, layout.num_shards) == (16, False, 16)
     path = changed(tmp_path, "zero3", deepspeed_config={"offload_optimizer_device": "cpu"})
     assert read_layout(path, num_processes=8, ulysses=1).offload == "optimizer"
-    path = changed(tmp_path, "zero3", deepspeed_config={"offload_param_device": "cpu"})
-    assert read_layout(path, num_processes=8, ulysses=1).offload == "parameters"
 
 
 def test_what_cannot_be_planned(tmp_path: Path) -> None:
@@ -56,8 +59,14 @@ def test_what_cannot_be_planned(tmp_path: Path) -> None:
         read_layout(CONFIGS / "hsdp.yaml", num_processes=12, num_machines=8, ulysses=1)
     with pytest.raises(ValueError, match="does not say how many processes: give --num_processes"):
         read_layout(CONFIGS / "fsdp2.yaml", num_processes=None, ulysses=1)
-    with pytest.raises(ValueError, match="fsdp_offload_params: true is not available yet"):
-        read_layout(changed(tmp_path, "fsdp2", fsdp_config={"fsdp_offload_params": True}), num_processes=8, ulysses=1)
+    with pytest.raises(ValueError, match="fsdp_offload_params: true needs two processes or more"):
+        read_layout(CONFIGS / "fsdp2_offload.yaml", num_processes=1, ulysses=1)
+    with pytest.raises(ValueError, match="offload_param_device=cpu without the optimizer is not supported"):
+        path = changed(tmp_path, "zero3", deepspeed_config={"offload_param_device": "cpu"})
+        read_layout(path, num_processes=8, ulysses=1)
+    with pytest.raises(ValueError, match="offload_param_device=cpu has no effect under ZeRO-2"):
+        path = changed(tmp_path, "zero2", deepspeed_config={"offload_param_device": "cpu"})
+        read_layout(path, num_processes=8, ulysses=1)
     with pytest.raises(ValueError, match="mixed_precision=fp16 is not honoured here: use bf16"):
         read_layout(changed(tmp_path, "fsdp2", mixed_precision="fp16"), num_processes=8, ulysses=1)
     with pytest.raises(ValueError, match="offload_optimizer_device=nvme is not honoured here: use cpu or none"):

@@ -81,13 +81,15 @@ def layout_of_rank(ulysses: int) -> Layout:
     return misfit.launched_layout(ulysses)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2-bf16", "hsdp", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2-bf16", "fsdp2-offload", "hsdp", "zero2", "zero2-bf16", "zero3", "zero3-offload"]
+)
 def test_the_launched_layout(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**LAUNCH_ENV[engine], "WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     expected = Layout(
         engine=engine.partition("-")[0],  # type: ignore[arg-type]
         world_size=4, ulysses=2, dp_replicate=2 if engine == "hsdp" else 1, is_mixed=engine.endswith("bf16"),
+        offload="parameters" if engine.endswith("offload") else "none",
     )  # fmt: skip
     assert misfit.launched_layout(2) == expected
     if engine == "zero3":

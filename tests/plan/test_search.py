@@ -25,15 +25,17 @@ def ask() -> Ask:
 def test_mesh_x_recomputation_x_offload(ask: Ask) -> None:
     found = list(alternatives(ask, 8))
     meshes = {(layout.engine, layout.dp_replicate, layout.ulysses) for _, layout in found}
-    assert {(engine, replicas, degree) for engine, replicas, degree in meshes if engine != "zero3"} == {
+    assert {(engine, replicas, degree) for engine, replicas, degree in meshes if "zero" not in engine} == {
         *(("fsdp2", 1, degree) for degree in (1, 2, 4, 8)),
         *(("hsdp", 2, degree) for degree in (1, 2, 4)),
         *(("hsdp", 4, degree) for degree in (1, 2)),
     }
     assert {recipe.memory.activation_checkpointing for recipe, _ in found} == {"full", "attention", "none"}
     assert {layout.offload for _, layout in found if layout.engine == "zero3"} == {"none", "optimizer", "parameters"}
-    assert {layout.offload for _, layout in found if layout.engine != "zero3"} == {"none"}
+    assert {layout.offload for _, layout in found if layout.engine == "zero2"} == {"none", "optimizer"}
+    assert {layout.offload for _, layout in found if layout.is_sharded} == {"none", "parameters"}
     assert all(recipe.memory.compile == (layout.engine != "zero3") for recipe, layout in found)
+    assert not any(layout.can_be_simulated for _, layout in found if layout.offload != "none")
     assert all(recipe.parallel.ulysses == layout.ulysses for recipe, layout in found)
     assert (ask.recipe, ask.layout) not in found
     # 16 data ranks would not share 8 samples out.
@@ -66,3 +68,5 @@ def test_what_is_changed(ask: Ask) -> None:
     assert changed("attention", zero, compile=False) == (
         ("zero3.yaml", "offload to cpu: optimizer", "memory.compile=false"), 5,
     )  # fmt: skip
+    on_host = replace(ask.layout, offload="parameters")
+    assert changed("attention", on_host) == (("fsdp_offload_params: true",), 2)

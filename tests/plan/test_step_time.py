@@ -86,6 +86,11 @@ def test_offloading_waits_for_the_host() -> None:
     assert predict(step, layout, H100).optimizer == pytest.approx(4 / 25 + 28 / 25)
     parameters = predict(step, replace(layout, offload="parameters"), H100).optimizer
     assert parameters == pytest.approx(4 / 25 + 28 / 25 + 2 * 2 * 2 / 25)
+    # Two micro-steps: bf16 gradients down, up and down, and once in fp32; weights up. FSDP2: fp32 both ways.
+    half = predict(step, replace(layout, engine="zero2"), H100).optimizer
+    assert half == pytest.approx((6 + 6 + 28) / 25)
+    sharded = predict(step, replace(layout, engine="fsdp2", offload="parameters"), H100).optimizer
+    assert sharded == pytest.approx((2 * (4 + 2 * 2) + 28) / 25)
 
 
 def test_the_table_can_be_edited(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from wan_accel.recipe.load import RecipeError, load_recipe, shipped_recipes
 CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
 ENGINES = {
     "ddp": "ddp", "fsdp2": "fsdp2", "hsdp": "hsdp", "zero3": "zero3", "cpu_ddp": "ddp", "cpu_fsdp2": "fsdp2",
-    "cpu_zero3": "zero3",
+    "cpu_zero3": "zero3", "cpu_zero2": "zero2", "zero2": "zero2", "zero2_offload": "zero2", "zero3_offload": "zero3",
+    "fsdp2_offload": "fsdp2",
 }  # fmt: skip
 
 
@@ -96,8 +97,8 @@ def test_videos() -> None:
 
 def test_engines_that_are_not_supported(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 2}\n")
-    with pytest.raises(ValueError, match="zero_stage=2 is not supported yet"):
+    path.write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 1}\n")
+    with pytest.raises(ValueError, match="zero_stage=1 is not supported: use 2 or 3"):
         read_engine(path)
     path.write_text("distributed_type: FSDP\nfsdp_config: {fsdp_version: 1}\n")
     with pytest.raises(ValueError, match="only fsdp_version: 2"):

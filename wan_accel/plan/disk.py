@@ -8,7 +8,7 @@ from wan_accel.models.conditioning.estimate import BYTES_STORED, bytes_by_column
 from wan_accel.models.variants import TEXT_LENGTH, Variant
 from wan_accel.optimizers import state_bytes
 from wan_accel.parallel.names import is_zero
-from wan_accel.plan.formula import FP32, Fixed, Trained
+from wan_accel.plan.formula import FP32, Trained, optimizer_bytes
 from wan_accel.plan.layout import Layout
 from wan_accel.plan.weights import Unit, total
 
@@ -31,7 +31,6 @@ def disk_of(
     units: Sequence[Unit],
     layout: Layout,
     how: Trained,
-    fixed: Fixed,
     *,
     variant: Variant,
     clips: Mapping[Bucket, int],
@@ -47,7 +46,7 @@ def disk_of(
         checkpoint=how.num_experts * one,
         kept=kept,
         cache=sum(count * clip_bytes(variant, bucket, known_variants) for bucket, count in clips.items()),
-        staged=_staged(units, layout, how, fixed) if is_async else 0,
+        staged=_staged(units, layout, how) if is_async else 0,
     )
 
 
@@ -57,10 +56,10 @@ def clip_bytes(variant: Variant, bucket: Bucket, known_variants: int) -> int:
     return sum(columns.values()) + TEXT_LENGTH * variant.dit.text_dim * BYTES_STORED
 
 
-def _staged(units: Sequence[Unit], layout: Layout, how: Trained, fixed: Fixed) -> int:
+def _staged(units: Sequence[Unit], layout: Layout, how: Trained) -> int:
     """The rank's own shards, or on rank 0 everything; DeepSpeed writes its own checkpoints without a copy."""
     if is_zero(layout.engine):
         return 0
     trained = sum(weight.shard(layout.num_shards) for unit in units for weight in unit.trained())
     ema = FP32 * trained if how.ema else 0
-    return how.num_experts * (FP32 * trained + ema) + fixed.optimizer
+    return how.num_experts * (FP32 * trained + ema + optimizer_bytes(units, layout, how))

@@ -13,11 +13,12 @@ from wan_accel.plan.disk import Disk, disk_of
 from wan_accel.plan.encoders import encoder_bytes, encoding_bytes
 from wan_accel.plan.formula import Fixed, Load, Peak, StepMemory, fixed_bytes, peak_of
 from wan_accel.plan.gpus import Gpu
+from wan_accel.plan.layout import Layout
 from wan_accel.plan.simulate import Simulated, Task, simulate
 from wan_accel.plan.step_time import RankStep, StepTime, predict
 from wan_accel.plan.trace import MicroStep, trace
 from wan_accel.plan.traffic import micro_step_traffic
-from wan_accel.plan.weights import Unit, total
+from wan_accel.plan.weights import Unit, Weight, total
 
 Method = Literal["simulated", "formula"]
 
@@ -63,7 +64,7 @@ class Planner:
 
     def estimate(self, ask: Ask) -> Estimate:
         """Simulated where that can be, otherwise by formula."""
-        return self.by_simulation(ask) if ask.layout.is_sharded else self.by_formula(ask)
+        return self.by_simulation(ask) if ask.layout.can_be_simulated else self.by_formula(ask)
 
     def by_formula(self, ask: Ask) -> Estimate:
         """Within seconds; a minute where blocks are compiled."""
@@ -126,7 +127,7 @@ class Planner:
     ) -> Estimate:
         step = self._rank_step(ask, traffic, fixed)
         disk = disk_of(
-            self.units, ask.layout, ask.how, fixed, variant=ask.variant, clips=ask.clips,
+            self.units, ask.layout, ask.how, variant=ask.variant, clips=ask.clips,
             known_variants=ask.recipe.cache.known_variants, kept=ask.checkpoints_kept, is_async=ask.is_async_save,
         )  # fmt: skip
         times = tuple(predict(step, ask.layout, gpu) for gpu in self._gpus)
@@ -141,16 +142,24 @@ class Planner:
             recomputed=recomputed,
             traffic=[replace(one, bytes=one.bytes * (1 if _is_once(one, ask) else steps)) for one in traffic],
             trained=sum(weight.shard(ask.layout.num_shards) for weight in weights if weight.is_trained),
-            parameters=2 * -(-total(weights) // ask.layout.num_shards),
+            parameters=_moved_bytes(weights, ask.layout),
             num_micro_steps=steps,
             is_compiled=ask.techniques.compile,
             fp8=ask.techniques.fp8,
         )
 
 
+def _moved_bytes(weights: Sequence[Weight], layout: Layout) -> int:
+    """A rank's parameters as they lie in host memory: FSDP2's as they are stored, ZeRO-3's in bf16."""
+    if layout.is_sharded:
+        return sum(weight.itemsize * weight.shard(layout.num_shards) for weight in weights)
+    return 2 * -(-total(weights) // layout.num_shards)
+
+
 def _is_once(traffic: Traffic, ask: Ask) -> bool:
-    """DDP reduces in the last micro-step only."""
-    return ask.layout.engine == "ddp" and traffic.kind == "all-reduce"
+    """DDP reduces in the last micro-step only, ZeRO-2 gathers what was stepped after it."""
+    once = {"ddp": "all-reduce", "zero2": "all-gather"}
+    return traffic.axis != "ulysses" and traffic.kind == once.get(ask.layout.engine)
 
 
 def _task(ask: Ask) -> Task:

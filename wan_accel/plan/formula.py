@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wan_accel.optimizers import state_bytes, step_bytes
+from wan_accel.parallel.names import is_zero
 from wan_accel.plan.layout import Layout
 from wan_accel.plan.weights import Unit, Weight, total
 
@@ -61,7 +62,7 @@ class StepMemory:
 def fixed_bytes(units: Sequence[Unit], layout: Layout, how: Trained) -> Fixed:
     """What stays in memory: each engine's own copies."""
     weights = [weight for unit in units for weight in unit.weights]
-    if layout.engine == "zero3":
+    if is_zero(layout.engine):
         one = _zero_fixed(weights, layout, how)
     else:
         one = _plain_fixed(weights, layout, how)
@@ -73,17 +74,29 @@ def fixed_bytes(units: Sequence[Unit], layout: Layout, how: Trained) -> Fixed:
 
 
 def _plain_fixed(weights: Sequence[Weight], layout: Layout, how: Trained) -> Fixed:
-    """FSDP2, DDP and one process: parameters as the recipe stores them, gradients of the same dtype."""
+    """FSDP2, DDP and one process: parameters as the recipe stores them, gradients of the same dtype.
+
+    With FSDP2's offloading all of it lies in host memory, the moving average too, wherever it was asked for.
+    """
     shards = layout.num_shards
     trained = [weight for weight in weights if weight.is_trained]
     ema = FP32 * sum(weight.shard(shards) for weight in trained) if how.ema else 0
-    return Fixed(
+    fixed = Fixed(
         parameters=sum(weight.itemsize * weight.shard(shards) for weight in weights),
         gradients=sum(weight.itemsize * weight.shard(shards) for weight in trained),
         optimizer=sum(state_bytes(how.optim, _shard_shape(weight, shards)) for weight in trained),
         ema=ema if how.ema == "accelerator" else 0,
         host=ema if how.ema == "cpu" else 0,
     )
+    if layout.offload == "none":
+        return fixed
+    return Fixed(parameters=0, gradients=0, optimizer=0, host=fixed.total + fixed.host)
+
+
+def optimizer_bytes(units: Iterable[Unit], layout: Layout, how: Trained) -> int:
+    """Optimizer state of a rank of FSDP2, DDP or one process, wherever it lies; of one expert."""
+    weights = [weight for unit in units for weight in unit.trained()]
+    return sum(state_bytes(how.optim, _shard_shape(weight, layout.num_shards)) for weight in weights)
 
 
 def _shard_shape(weight: Weight, shards: int) -> tuple[int, ...]:
@@ -91,30 +104,40 @@ def _shard_shape(weight: Weight, shards: int) -> tuple[int, ...]:
 
 
 def _zero_fixed(weights: Sequence[Weight], layout: Layout, how: Trained) -> Fixed:
-    """ZeRO-3 (deepspeed 0.19): parameters and gradients in the compute dtype, fp32 masters beside bf16 ones.
+    """ZeRO (deepspeed 0.19): parameters and gradients in the compute dtype, fp32 masters beside them.
 
-    DeepSpeed cuts a flattened parameter into equal parts.
+    ZeRO-3 cuts a flattened parameter into equal parts, and takes fp32 parameters for their own masters. ZeRO-2 cuts
+    all that are trained, one after the other, and has whole parameters.
     """
-    itemsize = BF16 if layout.is_mixed else FP32
-    elements = sum(-(-weight.numel // layout.num_shards) for weight in weights)
-    trained = sum(-(-weight.numel // layout.num_shards) for weight in weights if weight.is_trained)
+    itemsize, is_whole = BF16 if layout.is_mixed else FP32, layout.engine == "zero2"
+    trained = _zero_part([weight for weight in weights if weight.is_trained], layout)
     parameters = sum(
-        (itemsize if layout.is_mixed else weight.itemsize) * -(-weight.numel // layout.num_shards) for weight in weights
+        (itemsize if layout.is_mixed else weight.itemsize)
+        * (weight.numel if is_whole else -(-weight.numel // layout.num_shards))
+        for weight in weights
     )
-    masters = FP32 * trained if layout.is_mixed else 0
+    masters = FP32 * trained if layout.is_mixed or is_whole else 0
     optimizer = masters + state_bytes(how.optim, (trained,))
     gradients, ema = itemsize * trained, FP32 * trained if how.ema else 0
     host = ema if how.ema == "cpu" else 0
     if layout.offload != "none":
         host += optimizer + gradients + FP32 * trained  # and the fp32 gradients that the host's optimizer reads
+        host += itemsize * trained if is_whole else 0  # stepped weights on their way up
         optimizer = gradients = 0
     if layout.offload == "parameters":
-        host += itemsize * elements
+        host += parameters
         parameters = 0
     return Fixed(
         parameters=parameters, gradients=gradients, optimizer=optimizer, host=host,
         ema=ema if how.ema == "accelerator" else 0,
     )  # fmt: skip
+
+
+def _zero_part(weights: Sequence[Weight], layout: Layout) -> int:
+    """Elements of a rank's part."""
+    if layout.engine == "zero2":
+        return -(-total(weights) // layout.num_shards)
+    return sum(-(-weight.numel // layout.num_shards) for weight in weights)
 
 
 def gathered_bytes(units: Sequence[Unit], layout: Layout) -> int:
@@ -123,6 +146,8 @@ def gathered_bytes(units: Sequence[Unit], layout: Layout) -> int:
         return _fsdp_buffers(units, layout)
     if layout.engine == "zero3":
         return _zero_buffers(units, layout)
+    if layout.engine == "zero2":
+        return _zero2_buffers(units, layout)
     if layout.engine == "ddp":  # its buckets are copies of the gradients
         return sum(weight.itemsize * weight.numel for unit in units for weight in unit.trained())
     return 0
@@ -138,7 +163,15 @@ def _fsdp_buffers(units: Sequence[Unit], layout: Layout) -> int:
     if not layout.reshard_after_forward:
         return sum(gathered_size(unit, layout) for unit in units) + reduced
     root = sum(gathered_size(unit, layout) for unit in units if unit.is_root)
-    return root + 2 * largest + reduced
+    return root + 2 * largest + reduced + 2 * _largest_copy(blocks, layout)
+
+
+def _largest_copy(blocks: Sequence[Unit], layout: Layout) -> int:
+    """With offloading a rank's part of a block comes up as it is stored, before it is gathered."""
+    if layout.offload == "none":
+        return 0
+    shards = layout.num_shards
+    return max((sum(weight.itemsize * weight.shard(shards) for weight in unit.weights) for unit in blocks), default=0)
 
 
 def gathered_size(unit: Unit, layout: Layout) -> int:
@@ -165,8 +198,20 @@ def _zero_buffers(units: Sequence[Unit], layout: Layout) -> int:
     return itemsize * (live + zero.reduce_bucket_size)
 
 
-def optimizer_step_bytes(units: Iterable[Unit], layout: Layout, how: Trained) -> int:
+def _zero2_buffers(units: Sequence[Unit], layout: Layout) -> int:
+    """The bucket that ZeRO-2 collects gradients in during a backward pass, and a copy of it that is reduced."""
+    itemsize, bucket = BF16 if layout.is_mixed else FP32, layout.zero.reduce_bucket_size
+    return itemsize * (bucket + min(bucket, total((weight for unit in units for weight in unit.weights), trained=True)))
+
+
+def optimizer_step_bytes(units: Sequence[Unit], layout: Layout, how: Trained) -> int:
     """What an optimizer's step needs beside what is fixed, when activations are gone."""
+    if layout.engine == "zero2" and layout.offload == "none":
+        part = _zero_part([weight for unit in units for weight in unit.trained()], layout)
+        if not layout.is_mixed:  # gradients are copied into one tensor
+            return FP32 * part + step_bytes(how.optim, part)
+        # Copied in bf16, that copy in fp32; both of bf16 are gone when the optimizer steps.
+        return max((BF16 + FP32) * part, (FP32 - BF16) * part + step_bytes(how.optim, part))
     trained = sum(weight.shard(layout.num_shards) for unit in units for weight in unit.trained())
     if layout.engine == "zero3" and layout.offload == "none" and layout.is_mixed:
         trained = min(trained, layout.zero.sub_group_size)
@@ -226,6 +271,8 @@ def peak_of(units: Sequence[Unit], layout: Layout, how: Trained, step: StepMemor
     fixed, buffers = fixed_bytes(units, layout, how), gathered_bytes(units, layout)
     has_gradients = load.accumulates or layout.engine == "zero3"  # ZeRO-3 has its buffer of them always
     at_first = fixed.gradients if has_gradients else 0
+    # ZeRO-2 adds a micro-step's gradients to those before when it has them all.
+    at_last = fixed.gradients * (2 if layout.engine == "zero2" and load.accumulates else 1)
 
     def moment(name: str, gradients: float, buffers: float, activations: float, temporaries: float) -> Peak:
         return Peak(
@@ -235,7 +282,7 @@ def peak_of(units: Sequence[Unit], layout: Layout, how: Trained, step: StepMemor
 
     moments = (
         moment("backward, first layer", at_first, buffers, step.kept(load.num_layers), step.working),
-        moment("backward, last layer", fixed.gradients, buffers, step.kept(1), step.working),
+        moment("backward, last layer", at_last, buffers, step.kept(1), step.working),
         moment("optimizer step", fixed.gradients, 0, 0, optimizer_step_bytes(units, layout, how)),
         moment("encoding videos", at_first, 0, 0, load.encoding),
     )

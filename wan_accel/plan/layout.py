@@ -7,16 +7,16 @@ from typing import Any, Literal
 
 import yaml
 
+from wan_accel.parallel.names import Offload, is_zero
 from wan_accel.parallel.replicas import Launch, resolve
-from wan_accel.recipe.check import read_engine
+from wan_accel.recipe.check import read_engine, read_offload
 
-PlannedEngine = Literal["single", "ddp", "fsdp2", "hsdp", "zero3"]
-Offload = Literal["none", "optimizer", "parameters"]
+PlannedEngine = Literal["single", "ddp", "fsdp2", "hsdp", "zero2", "zero3"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ZeroBuffers:
-    """Elements of ZeRO-3's buffers; the defaults are DeepSpeed's (deepspeed 0.19, runtime/zero/config.py)."""
+    """Elements of ZeRO's buffers, of which ZeRO-2 has the first; the defaults are DeepSpeed's (0.19, zero/config.py)."""
 
     reduce_bucket_size: int = 500_000_000
     stage3_max_live_parameters: int = 1_000_000_000
@@ -28,7 +28,7 @@ class ZeroBuffers:
 class Layout:
     """Processes, one a GPU, and what they share.
 
-    offload: what ZeRO-3 keeps in host memory: nothing, gradients and optimizer, or these and the parameters.
+    offload: what lies in host memory: nothing, gradients and optimizer (ZeRO), or these and the parameters.
     reshard_after_forward: FSDP2 frees gathered parameters between forward and backward.
     is_mixed: computes in bf16 over fp32 masters.
     """
@@ -44,13 +44,18 @@ class Layout:
 
     @property
     def num_shards(self) -> int:
-        """Ranks that share one copy of parameters, gradients and optimizer state."""
+        """Ranks that share one copy of parameters (not under ZeRO-2), gradients and optimizer state."""
         return 1 if self.engine in ("single", "ddp") else self.world_size // self.dp_replicate
 
     @property
     def is_sharded(self) -> bool:
         """Whether FSDP2 shards, with replicas or without."""
         return self.engine in ("fsdp2", "hsdp")
+
+    @property
+    def can_be_simulated(self) -> bool:
+        """Whether a micro step on fake tensors says what a GPU holds."""
+        return self.is_sharded and self.offload == "none"
 
     @property
     def num_data_ranks(self) -> int:
@@ -81,12 +86,14 @@ def read_layout(path: Path, *, num_processes: int | None, ulysses: int, num_mach
         raise ValueError(f"{path} does not say how many processes: give --num_processes")
     if engine == "single" and world_size > 1:
         raise ValueError(f"{path} is for one process, --num_processes {world_size} was given: use another config")
-    if world_size == 1 and engine != "zero3":
+    offload = read_offload(path)
+    if world_size == 1 and not is_zero(engine):
+        if offload != "none":
+            raise ValueError(f"{path}: fsdp_offload_params: true needs two processes or more: use zero3_offload.yaml")
         engine = "single"  # as a launch of one process is
     replicas = _replicas(path, config, world_size, num_machines) if engine == "hsdp" else 1
     if replicas == 1 and engine == "hsdp":
         engine = "fsdp2"  # one machine
-    zero = config.get("deepspeed_config") or {}
     return Layout(
         engine=engine,  # type: ignore[arg-type]
         world_size=world_size,
@@ -94,7 +101,7 @@ def read_layout(path: Path, *, num_processes: int | None, ulysses: int, num_mach
         dp_replicate=replicas,
         is_mixed=_is_mixed(config),
         reshard_after_forward=bool((config.get("fsdp_config") or {}).get("fsdp_reshard_after_forward", True)),
-        offload=_offload(path, config, zero),
+        offload=offload,
     )
 
 
@@ -112,13 +119,3 @@ def _replicas(path: Path, config: Mapping[str, Any], world_size: int, num_machin
 
 def _is_mixed(config: Mapping[str, Any]) -> bool:
     return str(config.get("mixed_precision")) == "bf16"
-
-
-def _offload(path: Path, config: Mapping[str, Any], zero: Mapping[str, Any]) -> Offload:
-    if (config.get("fsdp_config") or {}).get("fsdp_offload_params"):
-        raise ValueError(f"{path}: fsdp_offload_params: true is not available yet: use more GPUs, or ZeRO-3")
-    places = {part: str(zero.get(f"offload_{part}_device", "none")) for part in ("optimizer", "param")}
-    for part, place in places.items():
-        if place not in ("none", "cpu"):
-            raise ValueError(f"{path}: offload_{part}_device={place} cannot be planned: use none or cpu")
-    return "parameters" if places["param"] == "cpu" else "optimizer" if places["optimizer"] == "cpu" else "none"

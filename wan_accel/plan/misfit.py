@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import torch
 
-from wan_accel.assemble import launched_engine
 from wan_accel.draws import Bucket
 from wan_accel.models.reader import TensorShapes
 from wan_accel.parallel.agreement import from_main_rank
+from wan_accel.parallel.engine import launched_engine, launched_offload
 from wan_accel.parallel.plugins import launched_fsdp2
 from wan_accel.parallel.replicas import launched_replicas
-from wan_accel.plan.layout import Layout, Offload, PlannedEngine
+from wan_accel.plan.layout import Layout, PlannedEngine
 from wan_accel.plan.verdict import Budget
 from wan_accel.recipe.schema import OnMisfit, Recipe
 
@@ -78,12 +78,5 @@ def launched_layout(ulysses: int) -> Layout:
         dp_replicate=replicas if engine == "hsdp" else 1,
         is_mixed=os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "bf16",
         reshard_after_forward=bool(launched_fsdp2().reshard_after_forward) if found == "fsdp2" else True,
-        offload=_launched_offload() if found == "zero3" else "none",
+        offload=launched_offload(),
     )
-
-
-def _launched_offload() -> Offload:
-    def is_on_cpu(part: str) -> bool:
-        return os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE", "none") == "cpu"
-
-    return "parameters" if is_on_cpu("PARAM") else "optimizer" if is_on_cpu("OPTIMIZER") else "none"

@@ -7,9 +7,10 @@ from typing import Literal, get_args
 
 from wan_accel.models.recompute import Policy
 from wan_accel.parallel.degrees import usable_degrees
+from wan_accel.parallel.names import Offload
 from wan_accel.plan.ask import Ask
 from wan_accel.plan.estimate import Estimate, Planner
-from wan_accel.plan.layout import Layout, Offload
+from wan_accel.plan.layout import Layout
 from wan_accel.plan.verdict import Budget
 from wan_accel.recipe.check import check
 from wan_accel.recipe.schema import Recipe
@@ -20,6 +21,11 @@ MORE_GPUS = (2, 4, 8)
 # What the changes of a layout weigh: others of a recipe's line weigh 1.
 _ENGINE, _DOUBLING_GPUS = 3, 2
 Order = Literal["nearest", "fastest"]
+_FSDP_OFFLOAD: tuple[Offload, ...] = ("none", "parameters")
+_ZERO_OFFLOAD: dict[Literal["zero2", "zero3"], tuple[Offload, ...]] = {
+    "zero2": ("none", "optimizer"),
+    "zero3": ("none", "optimizer", "parameters"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +50,7 @@ def search(planner: Planner, asked: Estimate, budget: Budget) -> list[Found]:
         found.append(Found(estimate=asked, changes=("as asked",), distance=0))
     checked: list[Found] = []
     for one in sorted(found, key=lambda one: one.cost):
-        if one.estimate.ask.layout.is_sharded and one.estimate.method != "simulated":
+        if one.estimate.ask.layout.can_be_simulated and one.estimate.method != "simulated":
             one = replace(one, estimate=planner.by_simulation(one.estimate.ask))
         if budget.holds(one.estimate.peak.total):
             checked.append(one)
@@ -81,7 +87,10 @@ def alternatives(ask: Ask, world_size: int) -> Iterator[tuple[Recipe, Layout]]:
             recipe = _recipe(ask.recipe, policy, layout)
             if (recipe, layout) == (ask.recipe, ask.layout):
                 continue
-            if not check(recipe, world_size=world_size, engine=layout.engine, num_heads=ask.size.num_heads):
+            heads = ask.size.num_heads
+            if not check(
+                recipe, world_size=world_size, engine=layout.engine, offload=layout.offload, num_heads=heads
+            ):
                 yield recipe, layout
 
 
@@ -107,9 +116,11 @@ def _layouts(ask: Ask, world_size: int) -> Iterator[Layout]:
         for replicas in (1, 2, 4, 8):
             if world_size % replicas == 0 and world_size // replicas > 1 and world_size // replicas % degree == 0:
                 engine: Literal["fsdp2", "hsdp"] = "fsdp2" if replicas == 1 else "hsdp"
-                yield replace(asked, engine=engine, dp_replicate=replicas, offload="none")
-        for offload in get_args(Offload):
-            yield replace(asked, engine="zero3", dp_replicate=1, offload=offload, reshard_after_forward=True)
+                for offload in _FSDP_OFFLOAD:
+                    yield replace(asked, engine=engine, dp_replicate=replicas, offload=offload)
+        for zero, offloads in _ZERO_OFFLOAD.items():
+            for offload in offloads:
+                yield replace(asked, engine=zero, dp_replicate=1, offload=offload, reshard_after_forward=True)
 
 
 def difference(ask: Ask, recipe: Recipe, layout: Layout) -> tuple[tuple[str, ...], float]:
@@ -124,7 +135,8 @@ def difference(ask: Ask, recipe: Recipe, layout: Layout) -> tuple[tuple[str, ...
         distance += 1 if layout.is_sharded and old.is_sharded else _ENGINE
     if layout.offload != old.offload:
         parts = {"none": "none", "optimizer": "optimizer", "parameters": "optimizer and param"}
-        changes.append(f"offload to cpu: {parts[layout.offload]}")
+        all_of_it = "fsdp_offload_params: true" if layout.is_sharded and layout.offload != "none" else ""
+        changes.append(all_of_it or f"offload to cpu: {parts[layout.offload]}")
         distance += 1 + (layout.offload == "parameters")
     if layout.ulysses != old.ulysses:
         changes.append(f"parallel.ulysses={layout.ulysses}")

@@ -78,7 +78,19 @@ def _seconds(traffic: Traffic, layout: Layout, gpu: Gpu) -> float:
 def _optimizer_seconds(step: RankStep, layout: Layout, gpu: Gpu) -> float:
     if layout.offload == "none":
         return BYTES_A_STEP * step.trained / (gpu.hbm_gb_s * 1e9)
-    moved = 4 * step.trained  # gradients go down and weights come up, in bf16
-    if layout.offload == "parameters":
-        moved += 2 * step.parameters * step.num_micro_steps  # for forward and for backward
+    moved = _moved_bytes(step, layout)
     return moved / (gpu.pcie_gb_s * 1e9) + BYTES_A_STEP * step.trained / (gpu.host_gb_s * 1e9)
+
+
+def _moved_bytes(step: RankStep, layout: Layout) -> int:
+    """What an offloaded rank's step takes over the bus, one way after the other."""
+    steps = step.num_micro_steps
+    if layout.is_sharded:  # fp32 gradients go down in each micro-step, parameters come up for each gathering
+        passes = 2 if layout.reshard_after_forward else 1
+        return steps * (4 * step.trained + passes * step.parameters)
+    moved = 4 * step.trained  # gradients go down and weights come up, in bf16
+    if layout.engine == "zero2":  # gradients go down in fp32; those of several micro-steps wait below, in bf16
+        moved = 6 * step.trained + (2 * (2 * steps - 1) * step.trained if steps > 1 else 0)
+    if layout.offload == "parameters":
+        moved += 2 * step.parameters * steps  # for forward and for backward
+    return moved

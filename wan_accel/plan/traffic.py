@@ -12,7 +12,9 @@ from wan_accel.plan.weights import Unit, total
 def micro_step_traffic(
     units: Sequence[Unit], layout: Layout, size: DitSize, *, num_samples: int, num_tokens: int, policy: str | float
 ) -> list[Traffic]:
-    """Collectives of one rank's forward and backward. Under DDP all micro-steps share the one reduction.
+    """Collectives of one rank's forward and backward.
+
+    Micro-steps of an optimizer step share DDP's one reduction, and ZeRO-2's gathering of what was stepped.
 
     Args:
         units: of the expert that runs.
@@ -22,7 +24,7 @@ def micro_step_traffic(
         num_tokens: of a sample, whole.
         policy: of recomputation; `full` runs exchanges again.
     """
-    engines = {"fsdp2": _fsdp, "hsdp": _fsdp, "zero3": _zero, "ddp": _ddp}
+    engines = {"fsdp2": _fsdp, "hsdp": _fsdp, "zero2": _zero2, "zero3": _zero, "ddp": _ddp}
     found = engines[layout.engine](units, layout) if layout.engine in engines else []
     if layout.ulysses > 1:
         found += _ulysses(layout, size, num_samples, num_tokens, policy)
@@ -58,6 +60,16 @@ def _zero(units: Sequence[Unit], layout: Layout) -> list[Traffic]:
     return [
         Traffic(kind="all-gather", axis="dp_shard", num_ranks=ranks, calls=None, bytes=gathered),
         Traffic(kind="reduce-scatter", axis="dp_shard", num_ranks=ranks, calls=None, bytes=reduced),
+    ]
+
+
+def _zero2(units: Sequence[Unit], layout: Layout) -> list[Traffic]:
+    """DeepSpeed reduces gradients to all ranks, of which each keeps its part (`use_multi_rank_bucket_allreduce`)."""
+    itemsize, ranks = BF16 if layout.is_mixed else FP32, layout.world_size
+    size = itemsize * total((weight for unit in units for weight in unit.weights), trained=True)
+    return [
+        Traffic(kind="all-reduce", axis="dp_shard", num_ranks=ranks, calls=None, bytes=size),
+        Traffic(kind="all-gather", axis="dp_shard", num_ranks=ranks, calls=None, bytes=size),
     ]
 
 
