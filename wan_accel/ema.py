@@ -166,7 +166,7 @@ class Ema:
     def write_counts(self, folder: Path) -> None:
         """Write a checkpoint's ema/ema.json."""
         counts = {"decay": self.settings.decay, "update_every": self.settings.update_every, "steps": self.steps}
-        (folder / FOLDER).mkdir()
+        (folder / FOLDER).mkdir(exist_ok=True)  # another rank may have begun to write its part there
         (folder / FOLDER / _STATE).write_text(json.dumps(counts))
 
     def load(self, folder: Path) -> None:
