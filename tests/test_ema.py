@@ -204,7 +204,7 @@ class _Copies(TorchDispatchMode):
 
 def offload(base: str, output_dir: str) -> None:
     os.environ["ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"] = "cpu"
-    with pytest.raises(ValueError, match=r"method.ema cannot be used with ZeRO-3's offloading yet: set offload_optimizer"):
+    with pytest.raises(ValueError, match=r"method.ema cannot be used with ZeRO-3's offloading yet: set"):
         small_trainer(base, output_dir, "zero3", ema_decay=0.9)
 
 

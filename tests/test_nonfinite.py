@@ -242,8 +242,8 @@ def skip_expert(output_dir: str, engine: str, world_size: int) -> tuple[Any, Any
 
     args = WanTrainingArguments(
         output_dir=output_dir, max_steps=number + 1, learning_rate=1e-3, logging_steps=1, save_strategy="no",
-        use_cpu=not engine.startswith("zero"), ddp_backend="gloo" if world_size > 1 else None, global_batch=4, disable_tqdm=True,
-        on_nan="skip", lr_scheduler_type="constant",
+        use_cpu=not engine.startswith("zero"), ddp_backend="gloo" if world_size > 1 else None, global_batch=4,
+        disable_tqdm=True, on_nan="skip", lr_scheduler_type="constant",
     )  # fmt: skip
     device = args.device
     source = Source(PAIR.name)

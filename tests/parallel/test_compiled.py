@@ -27,6 +27,7 @@ BACKEND = "aot_eager_decomp_partition"
         ("fsdp2", 2, "animate-14b", "lora", "attention"),
         ("fsdp2", 1, "t2v-1.3b", "full", 0.5),
         ("ddp", 2, "t2v-1.3b", "full", "attention"),
+        ("zero2", 1, "t2v-1.3b", "full", 0.5),
     ],
 )
 def test_compiled_ranks_are_one_eager_run(

@@ -81,7 +81,9 @@ def layout_of_rank(ulysses: int) -> Layout:
     return misfit.launched_layout(ulysses)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2-bf16", "fsdp2-offload", "hsdp", "zero2", "zero2-bf16", "zero3", "zero3-offload"]
+@pytest.mark.parametrize(
+    "engine",
+    ["ddp", "fsdp2", "fsdp2-bf16", "fsdp2-offload", "hsdp", "zero2", "zero2-bf16", "zero3", "zero3-offload"],
 )
 def test_the_launched_layout(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**LAUNCH_ENV[engine], "WORLD_SIZE": "4"}.items():

@@ -16,7 +16,7 @@ PlannedEngine = Literal["single", "ddp", "fsdp2", "hsdp", "zero2", "zero3"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ZeroBuffers:
-    """Elements of ZeRO's buffers, of which ZeRO-2 has the first; the defaults are DeepSpeed's (0.19, zero/config.py)."""
+    """Elements of ZeRO's buffers, of which ZeRO-2 has the first; defaults are DeepSpeed's (0.19, zero/config.py)."""
 
     reduce_bucket_size: int = 500_000_000
     stage3_max_live_parameters: int = 1_000_000_000
