@@ -18,6 +18,7 @@ LAYOUTS = {
     "zero3": ("zero3", 2, 1),
     "ddp-ulysses": ("ddp", 2, 2),
     "fsdp2-ulysses": ("fsdp2", 2, 2),
+    "zero2-ulysses": ("zero2", 2, 2),
     "zero3-ulysses": ("zero3", 2, 2),
     "hsdp-ulysses": ("hsdp", 4, 2),
 }
