@@ -153,7 +153,14 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
-def check_space(output_dir: Path, trained: Mapping[str, Sequence[int]], *, optim: str, has_ema: bool = False) -> None:
+def check_space(
+    output_dir: Path,
+    trained: Mapping[str, Sequence[int]],
+    *,
+    optim: str,
+    has_ema: bool = False,
+    engine: Engine = "single",
+) -> None:
     """Check that the disk holds a checkpoint of these tensors, before anything is written.
 
     Args:
@@ -161,12 +168,14 @@ def check_space(output_dir: Path, trained: Mapping[str, Sequence[int]], *, optim
         trained: name -> shape.
         optim: `training.optim`, whose state is in it.
         has_ema: moving averages are, too.
+        engine: that writes it.
 
     Raises:
         NoSpaceError: it does not. Checkpoints that are there already are untouched.
     """
-    # fp32 weights, averages, and the optimizer's state; the rest of a checkpoint is small.
-    weights = _FP32 * (2 if has_ema else 1)
+    # fp32 weights, averages, and the optimizer's state; the rest of a checkpoint is small. Under ZeRO-2 the weights of
+    # the forward pass lie beside their masters, in fp32 at most.
+    weights = _FP32 * (1 + has_ema + (engine == "zero2"))
     needed = sum(weights * math.prod(shape) + state_bytes(optim, shape) for shape in trained.values())
     free = free_bytes(output_dir)
     if needed > free:

@@ -368,7 +368,8 @@ class WanTrainer(Trainer):
         """Raise NoSpaceError on all ranks unless the disk holds another checkpoint. Collective; one rank looks."""
         trained, has_ema = trained_shapes(self), bool(self.args.ema_decay)
         optim = OptimizerNames(self.args.optim).value
-        from_main_rank(lambda: checkpoint.check_space(self.output_dir, trained, optim=optim, has_ema=has_ema))
+        place, engine = self.output_dir, self.engine
+        from_main_rank(lambda: checkpoint.check_space(place, trained, optim=optim, has_ema=has_ema, engine=engine))
 
     @property
     def module(self) -> nn.Module:

@@ -8,7 +8,7 @@ from wan_accel.models.conditioning.estimate import BYTES_STORED, bytes_by_column
 from wan_accel.models.variants import TEXT_LENGTH, Variant
 from wan_accel.optimizers import state_bytes
 from wan_accel.parallel.names import is_zero
-from wan_accel.plan.formula import FP32, Trained, optimizer_bytes
+from wan_accel.plan.formula import BF16, FP32, Trained, optimizer_bytes
 from wan_accel.plan.layout import Layout
 from wan_accel.plan.weights import Unit, total
 
@@ -41,7 +41,8 @@ def disk_of(
     """Sizes of a run's checkpoints and latents folder."""
     weights = [weight for unit in units for weight in unit.trained()]
     ema = FP32 * total(weights) if how.ema else 0
-    one = FP32 * total(weights) + sum(state_bytes(how.optim, weight.shape) for weight in weights) + ema
+    beside = (BF16 if layout.is_mixed else FP32) * total(weights) if layout.engine == "zero2" else 0  # of the forward
+    one = beside + FP32 * total(weights) + sum(state_bytes(how.optim, weight.shape) for weight in weights) + ema
     return Disk(
         checkpoint=how.num_experts * one,
         kept=kept,
