@@ -172,7 +172,7 @@ def refused(base: str, output_dir: str, engine: str, environment: dict[str, str]
         ("zero2-offload", {}, {"optim": "sgd"}, "optim=sgd cannot be used with zero2 and offloading"),
         ("zero2", {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, {}, "zero_stage=1 is not supported: use 2 or 3"),
         ("zero2", {ON_HOST["param"]: "cpu"}, {}, "offload_param_device=cpu has no effect under ZeRO-2"),
-        ("zero3", {ON_HOST["optimizer"]: "nvme"}, {}, "offload_optimizer_device=nvme is not supported"),
+        ("zero3", {ON_HOST["optimizer"]: "nvme"}, {}, "offload_optimizer_device=nvme is not "),
     ],
 )
 def test_what_is_refused(
