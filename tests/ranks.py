@@ -8,10 +8,14 @@ import importlib
 import multiprocessing
 import os
 import pickle
+import platform
 import socket
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # What a training run imports, its picture of the losses and the test module included: each rank would do it again.
@@ -126,6 +130,9 @@ def results(workers: list[tuple[Any, Connection]], timeout_seconds: float = 300)
 def _work(sender: Connection, env: dict[str, str], module: str, name: str, args: tuple[Any, ...]) -> None:
     gc.freeze()  # accelerate collects garbage in every run: that would copy every inherited page to look for none
     os.environ.update(env, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    # DeepSpeed asks py-cpuinfo at each load of its AdamW for the CPU, which waits for a process in a busy loop: a few
+    # such ranks starve a small machine for minutes.
+    sys.modules["cpuinfo"] = SimpleNamespace(get_cpu_info=cpu_info)  # type: ignore[assignment]
     import torch
 
     torch.set_num_threads(1)
@@ -136,6 +143,17 @@ def _work(sender: Connection, env: dict[str, str], module: str, name: str, args:
     sender.send_bytes(pickle.dumps(outcome))
     sender.close()
     os._exit(0)  # no destructor of a process group may wait for a rank that failed
+
+
+def cpu_info() -> dict[str, Any]:
+    """What DeepSpeed asks of py-cpuinfo, as the kernel says it."""
+    lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()  # of the first core
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return {
+        "arch": platform.machine().upper(),
+        "flags": fields.get("flags", "").split(),
+        "vendor_id_raw": fields.get("vendor_id", "unknown"),
+    }
 
 
 def _result(process: Any, receiver: Connection, timeout_seconds: float) -> Any:
