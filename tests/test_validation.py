@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from synthetic import GLOBAL_BATCH, NUM_ROWS, SyntheticSource, plan_for, tiny_denoiser
+from synthetic import GLOBAL_BATCH, LATENTS, NUM_ROWS, SyntheticSource, plan_for, tiny_denoiser
 
 from wan_accel.held_out import fixed_draws, split_groups
 from wan_accel.metrics import losses_by_sigma, plot_losses_by_sigma
@@ -101,7 +101,9 @@ def _train_only(output_dir: str) -> dict[str, Any]:
 
 
 def test_drawn_latents_have_the_clips_shapes(single: dict[str, Any]) -> None:
-    assert [tuple(latents.shape) for latents in single["latents"]] == [(16, 2, 4, 6), (16, 2, 4, 6), (16, 3, 4, 4)]
+    assert [tuple(latents.shape) for latents in single["latents"]] == [
+        (16, *LATENTS[0]), (16, *LATENTS[0]), (16, *LATENTS[1])
+    ]  # fmt: skip
     assert all(latents.std() > 0.1 for latents in single["latents"])
 
 
