@@ -127,7 +127,10 @@ def test_search_simulates_the_fastest(checkpoint: Path, capsys: pytest.CaptureFi
         (["t2v-a14b/lora", "--shape", "6,64,32", "--gpu", "H100"], "6 frames; t2v-a14b takes 4n+1"),
         (["t2v-a14b/lora", "--shape", "5,60,32", "--gpu", "H100"], "60x32 pixels; t2v-a14b needs multiples of 16"),
         (["t2v-a14b/lora", "--shape", "5x64x32", "--gpu", "H100"], "give FRAMES,HEIGHT,WIDTH in pixels"),
-        (["t2v-a14b/lora", *SHAPE, "--gpu", "H100", "parallel.ulysses=3"], "does not divide num_heads=40"),
+        (
+            ["t2v-a14b/lora", *SHAPE, "--gpu", "H100", "parallel.ulysses=3"],
+            "parallel.ulysses=3 does not divide num_heads=40 (t2v-a14b): use 1, 2, 4, 5, 8, 10",
+        ),
         (["t2v-a14b/lora", *SHAPE, "--gpu", "H100", "--reserve", "6"], "--reserve 6.0: a share of the memory"),
         (["t2v-a14b/lora", *SHAPE, "--gpu_memory", "70GiB", "--search"], "--search compares predicted times"),
     ],
@@ -135,6 +138,12 @@ def test_search_simulates_the_fastest(checkpoint: Path, capsys: pytest.CaptureFi
 def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     assert plan(*arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_degrees_are_those_of_the_checkpoints_heads(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
+    assert plan(*tiny(checkpoint, "parallel.ulysses=3"), "--gpu", "H100", processes=3) == 2
+    message = capsys.readouterr().err
+    assert "parallel.ulysses=3 does not divide num_heads=8 (t2v-a14b): use 1, 2, 4, 8" in message
 
 
 def test_shapes_come_from_the_latents(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,5 +1,6 @@
 """Cross rules, on every shipped recipe and on layouts that do not fit."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,17 @@ def test_all_problems_at_once() -> None:
     ):
         assert any(expected in problem for problem in problems), expected
     assert len(problems) == 6
+
+
+@pytest.mark.parametrize(
+    ("file", "key"), [("high_noise_model/config.json", "num_heads"), ("transformer/config.json", "num_attention_heads")]
+)
+def test_heads_are_those_of_a_checkpoint_that_is_there(file: str, key: str, tmp_path: Path) -> None:
+    recipe = load_recipe("t2v-a14b/lora", ["parallel.ulysses=3", f"model.checkpoint={tmp_path}"])
+    assert not any("heads" in problem for problem in check(recipe))  # nothing says how many
+    (tmp_path / file).parent.mkdir()
+    (tmp_path / file).write_text(json.dumps({key: 8}))
+    assert "parallel.ulysses=3 does not divide num_heads=8 (t2v-a14b): use 1, 2, 4, 8" in check(recipe)
 
 
 def test_batch_and_variants() -> None:

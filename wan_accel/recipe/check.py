@@ -1,5 +1,6 @@
 """Rules across sections, all at once and without side effects: no GPU, no network, no process group. Torch-free."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -34,7 +35,7 @@ def check(
         world_size: processes, where known.
         engine: `single`, `ddp`, `fsdp2`, `hsdp`, `zero2` or `zero3`, where known.
         offload: what the engine keeps in host memory.
-        num_heads: of the checkpoint; the variant's by default, as released.
+        num_heads: of the checkpoint; by default what its config.json says, or as released where it is not there yet.
     """
     try:
         variant = get_variant(recipe.variant)
@@ -147,10 +148,21 @@ def _check_sample(recipe: Recipe, variant: Variant) -> list[str]:
     return problems
 
 
+def _num_heads(checkpoint: Path, variant: Variant) -> int | None:
+    """Heads as a local checkpoint's config.json says, which no tensor shows; as released where it is not there yet."""
+    if not checkpoint.is_dir():
+        return variant.dit.num_heads
+    for folder in (variant.experts[0].folder, "transformer"):
+        file = checkpoint / folder / "config.json"
+        if file.is_file():
+            config = json.loads(file.read_text())
+            return config.get("num_heads", config.get("num_attention_heads"))
+    return None
+
+
 def _check_parallel(recipe: Recipe, world_size: int | None, num_heads: int | None) -> list[str]:
     ulysses, variant = recipe.parallel.ulysses, get_variant(recipe.variant)
-    # Tiny checkpoints have other numbers of heads: without a checkpoint at hand only the released one is known.
-    heads = num_heads or (variant.dit.num_heads if not Path(recipe.model.checkpoint).is_dir() else None)
+    heads = num_heads or _num_heads(Path(recipe.model.checkpoint), variant)
     problems = []
     if heads is not None and heads % ulysses:
         degrees = ", ".join(map(str, usable_degrees(heads)))
