@@ -2,11 +2,15 @@
 
 import dataclasses
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from parallel.test_equivalence import make_trainer
 from ranks import run_ranks
+from synthetic import tiny_denoiser
 
 from wan_accel.models.denoiser import WanDenoiser, inject_ulysses
 from wan_accel.models.dit import AnimateSize, build_animate_adapter, build_dit
@@ -14,6 +18,7 @@ from wan_accel.models.variants import DitSize
 from wan_accel.parallel.degrees import usable_degrees
 from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.parallel.ulysses import SequenceParallel, TokenSpan
+from wan_accel.plan.simulate import fake_ranks
 
 SIZE = DitSize(
     dim=96,
@@ -83,7 +88,10 @@ def sharded(ulysses: int, height: int, kind: str) -> tuple[torch.Tensor, dict[st
 # last rank holds padding and a span crosses two frames, and the first frame lies on two ranks.
 @pytest.mark.parametrize(
     ("kind", "ulysses", "height"),
-    [("animate", 2, 8), ("animate", 4, 4), ("animate", 2, 4), ("i2v", 2, 4), ("ti2v", 2, 4), ("ti2v", 4, 4)],
+    [
+        *(("animate", 2, 8), ("animate", 4, 4), ("animate", 2, 4)),
+        *(("i2v", 2, 4), ("i2v", 4, 4), ("ti2v", 2, 4), ("ti2v", 4, 4)),
+    ],
 )
 def test_equals_one_rank(kind: str, ulysses: int, height: int) -> None:
     expected, expected_gradients = run_ranks(model_and_gradients, 1, None, height, kind, engine="single")[0]
@@ -122,6 +130,58 @@ def test_token_span_frames() -> None:
     assert torch.equal(span.to_tokens(frames), x)
     beyond = TokenSpan(start=8, length=8, tokens_per_frame=4).frames_of(torch.ones(1, 3, 2))
     assert beyond[:, 0].sum() == 2 and beyond[:, 1].sum() == 0
+
+
+def spans_of(size: int, num_tokens: int, tokens_per_frame: int) -> list[TokenSpan]:
+    """The spans of all ranks of a group."""
+    length = -(-num_tokens // size)
+    return [
+        TokenSpan(start=rank * length, length=length, tokens_per_frame=tokens_per_frame) for rank in range(size)
+    ]  # fmt: skip
+
+
+# 12, 27 and 36 tokens: whole frames, frames cut in two and more, padding, and ranks with nothing but padding.
+SPLITS = [(size, per_frame) for size in (2, 3, 4, 5, 7, 8) for per_frame in (4, 9, 12)]
+
+
+@pytest.mark.parametrize(("size", "tokens_per_frame"), SPLITS)
+def test_a_face_block_is_the_same_on_any_split(size: int, tokens_per_frame: int) -> None:
+    block = tiny_denoiser("animate-14b").face_adapter.fuser_blocks[0]
+    num_tokens = 3 * tokens_per_frame
+    x = torch.randn(2, num_tokens, 96, requires_grad=True)
+    motion = torch.randn(2, 3, 5, 96, requires_grad=True)
+
+    def run(spans: list[TokenSpan]) -> list[torch.Tensor]:
+        padded = F.pad(x, (0, 0, 0, spans[-1].start + spans[-1].length - num_tokens))
+        pieces = [block.compute(padded[:, one.start : one.start + one.length], motion, one) for one in spans]
+        out = torch.cat(pieces, dim=1)[:, :num_tokens]
+        weights = list(block.parameters())
+        return [out, *torch.autograd.grad((out * torch.arange(96)).sum(), [x, motion, *weights])]
+
+    whole = run(spans_of(1, num_tokens, tokens_per_frame))
+    for found, expected in zip(run(spans_of(size, num_tokens, tokens_per_frame)), whole, strict=True):
+        assert (found - expected).norm() <= 1e-5 * expected.norm()  # fp32, summed in another order
+
+
+@pytest.mark.parametrize(("size", "tokens_per_frame"), SPLITS)
+def test_the_first_frame_is_told_apart_on_any_split(size: int, tokens_per_frame: int) -> None:
+    spans = spans_of(size, 3 * tokens_per_frame, tokens_per_frame)
+    found = torch.cat([one.in_first_frame(torch.device("cpu")) for one in spans])
+    assert found.flatten().nonzero().flatten().tolist() == list(range(tokens_per_frame))
+
+
+def test_a_group_that_does_not_divide_the_heads_is_refused_where_it_is_put_in() -> None:
+    with fake_ranks(3):
+        assert dist.group.WORLD is not None
+        with pytest.raises(ValueError, match=r"ulysses=3 does not divide num_heads=8: use 1, 2, 4, 8$"):
+            inject_ulysses(tiny_denoiser("t2v-1.3b"), dist.group.WORLD)
+
+
+def test_a_trainer_refuses_such_a_degree(tmp_path: Path) -> None:
+    """Before it makes a group: one process is enough to see it."""
+    options = {"world_size": 1, "engine": "single"}
+    with pytest.raises(RuntimeError, match=r"parallel\.ulysses=3 does not divide num_heads=8: use 1, 2, 4, 8"):
+        run_ranks(make_trainer, 1, "t2v-1.3b", "full", 3, str(tmp_path), options, engine="single")
 
 
 def test_degrees() -> None:
