@@ -50,9 +50,9 @@ def test_what_fits(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "hsdp", "zero3"])
 def test_every_engine_as_json(engine: str, checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
-    processes = 16 if engine == "hsdp" else 4
-    arguments = tiny(checkpoint, "parallel.ulysses=2", "--json", "--gpu", "H100")
-    assert plan(*arguments, engine=engine, processes=processes) == 0
+    machines = 2 if engine == "hsdp" else 1
+    arguments = tiny(checkpoint, "parallel.ulysses=2", "--json", "--gpu", "H100", "--num_machines", str(machines))
+    assert plan(*arguments, engine=engine, processes=4 * machines) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] and not found["verified"] and found["gpu_memory"] == 80 * 2**30
     assert found["method"] == ("simulated" if engine in ("fsdp2", "hsdp") else "formula")
