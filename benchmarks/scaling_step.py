@@ -16,13 +16,14 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 from wan_accel import WanTrainer, WanTrainingArguments
-from wan_accel.assemble import Techniques, assemble, launched_engine, launched_replicas
+from wan_accel.assemble import Techniques, assemble, launched_engine
 from wan_accel.draws import Bucket, DatasetIndex, SampleDraw
 from wan_accel.lora import LoraSettings
 from wan_accel.models.dit import build_dit
 from wan_accel.models.variants import TEXT_LENGTH
 from wan_accel.parallel.cpu import enable_fsdp_on_cpu
 from wan_accel.parallel.mesh import ParallelDims
+from wan_accel.parallel.replicas import launched_replicas
 
 NUM_WARMUPS = 3
 # What profilers call collectives: kernels of NCCL; without a GPU, calls.
@@ -44,6 +45,9 @@ class RandomReader:
         row = torch.linspace(-1, 1, width, dtype=torch.bfloat16) * width**-0.5
         whole = row.reshape(shape[-1:]).expand(shape)
         return whole if rows is None else whole[rows]
+
+    def read_into(self, name: str, target: Tensor, rows: slice | None = None) -> None:
+        target.copy_(self.read(name, rows).reshape(target.shape))
 
 
 class RandomSource:

@@ -63,6 +63,7 @@ ON_HOST = {
 }
 LAUNCH_ENV |= {
     "fsdp2-offload": {**LAUNCH_ENV["fsdp2"], "FSDP_OFFLOAD_PARAMS": "true"},
+    "hsdp-offload": {**LAUNCH_ENV["hsdp"], "FSDP_OFFLOAD_PARAMS": "true"},
     "zero2-bf16": {**LAUNCH_ENV["zero2"], "ACCELERATE_MIXED_PRECISION": "bf16"},
     "zero2-offload": {**LAUNCH_ENV["zero2"], ON_HOST["optimizer"]: "cpu"},
     "zero3-offload": {**LAUNCH_ENV["zero3"], ON_HOST["optimizer"]: "cpu", ON_HOST["param"]: "cpu"},

@@ -21,23 +21,24 @@ AVERAGED = {"ema_decay": 0.5}
 Run = tuple[list[float], dict[str, torch.Tensor]]
 
 LAYOUTS = {
-    # name: (engine, ulysses)
-    "zero2": ("zero2", 1),
-    "zero2-ulysses-2": ("zero2", 2),
-    "zero2-offload": ("zero2-offload", 1),
-    "zero3-offload": ("zero3-offload", 1),
-    "fsdp2-offload": ("fsdp2-offload", 1),
-    "fsdp2-offload-ulysses-2": ("fsdp2-offload", 2),
+    # name: (engine, ranks, ulysses)
+    "zero2": ("zero2", 2, 1),
+    "zero2-ulysses-2": ("zero2", 2, 2),
+    "zero2-offload": ("zero2-offload", 2, 1),
+    "zero3-offload": ("zero3-offload", 2, 1),
+    "fsdp2-offload": ("fsdp2-offload", 2, 1),
+    "fsdp2-offload-ulysses-2": ("fsdp2-offload", 2, 2),
+    "hsdp-offload-ulysses-2": ("hsdp-offload", 4, 2),
 }
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_are_one_run(layout: str, method: str, tmp_path: Path) -> None:
-    engine, ulysses = LAYOUTS[layout]
+    engine, ranks, ulysses = LAYOUTS[layout]
     expected = single("t2v-1.3b", method, tmp_path / "single")
-    options = {"world_size": 2, "engine": engine}
-    results = run_ranks(train, 2, "t2v-1.3b", method, ulysses, str(tmp_path / "run"), options, engine=engine)
+    options = {"world_size": ranks, "engine": engine}
+    results = run_ranks(train, ranks, "t2v-1.3b", method, ulysses, str(tmp_path / "run"), options, engine=engine)
     for result in results:
         torch.testing.assert_close(result["losses"], expected["losses"], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(result["norms"], expected["norms"], rtol=1e-4, atol=1e-6)
