@@ -149,10 +149,11 @@ def _local(parameter: Any) -> torch.Tensor:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=2.0, help="size of the synthetic checkpoint")
+    parser.add_argument("--dim", type=int, default=1536, help="width of the model: t2v-1.3b's; ti2v-5b has 3072")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        total = write_checkpoint(Path(folder) / "model", arguments.gib)
+        total = write_checkpoint(Path(folder) / "model", arguments.gib, dim=arguments.dim)
         print(f"a checkpoint of {total / GIB:.2f} GiB in {NUM_FILES} files; MiB of the worst rank")
         print("| engine, ranks | shard | read | anonymous memory | of shard | largest tensor | time, of plain |")
         print("|---|---|---|---|---|---|---|")
