@@ -139,10 +139,11 @@ def fill_parameters(
         writes: False on ranks that only take part in gathering.
     """
     _compare_adapter(model, reader)
-    for name, parameter in model.named_parameters():
-        with torch.no_grad(), gathered(parameter) if gathered is not None else nullcontext():
-            if writes:
-                _fill(name, parameter, reader, seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            with gathered(parameter) if gathered is not None else nullcontext():
+                if writes:
+                    _fill(name, parameter, reader, seed)
 
 
 def _compare_adapter(model: nn.Module, reader: CheckpointReader) -> None:
@@ -163,13 +164,14 @@ def _fill(name: str, parameter: nn.Parameter, reader: CheckpointReader, seed: in
         rows, target = local_rows(parameter), parameter.to_local()
     else:
         rows, target = None, parameter.data
+    stored = base_name(name)
     if is_lora(name):
         given = reader.adapter.get(name)
         value = initial_lora_value(name, tuple(parameter.shape), seed) if given is None else given
-    elif base_name(name) not in reader.shapes and is_constant(name):
+    elif stored not in reader.shapes and is_constant(name):
         value = make_kernel([1, 3, 3, 1])
     else:
-        reader.read_into(base_name(name), target, rows)
+        reader.read_into(stored, target, rows)
         return
     target.copy_((value if rows is None else value[rows]).reshape(target.shape))
 
