@@ -93,10 +93,11 @@ class CountingReader(CheckpointReader):
 def load(folder: str, repeats: int) -> dict[str, Any]:
     """On a rank: assemble a model, and say what was read and held; then fill it again, beside plain reading."""
     from wan_accel.arguments import WanTrainingArguments
-    from wan_accel.assemble import Techniques, assemble, launched_engine
+    from wan_accel.assemble import Techniques, assemble
     from wan_accel.models.loading import fill_parameters
     from wan_accel.models.variants import VARIANTS
     from wan_accel.parallel.cpu import enable_fsdp_on_cpu
+    from wan_accel.parallel.engine import launched_engine
     from wan_accel.parallel.mesh import ParallelDims
 
     enable_fsdp_on_cpu()

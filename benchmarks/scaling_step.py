@@ -16,12 +16,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 from wan_accel import WanTrainer, WanTrainingArguments
-from wan_accel.assemble import Techniques, assemble, launched_engine
+from wan_accel.assemble import Techniques, assemble
 from wan_accel.draws import Bucket, DatasetIndex, SampleDraw
 from wan_accel.lora import LoraSettings
 from wan_accel.models.dit import build_dit
 from wan_accel.models.variants import TEXT_LENGTH
 from wan_accel.parallel.cpu import enable_fsdp_on_cpu
+from wan_accel.parallel.engine import launched_engine
 from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.parallel.replicas import launched_replicas
 

@@ -66,7 +66,7 @@ def in_force(base: str, output_dir: str, engine: str) -> dict[str, Any]:
     from small_run import small_trainer
     from transformers import training_args
 
-    from wan_accel.assemble import launched_engine
+    from wan_accel.parallel.engine import launched_engine
     from wan_accel.plan.misfit import launched_layout
     from wan_accel.train import _launch_arguments
 

@@ -24,11 +24,12 @@ def train(
     from transformers import TrainerCallback
 
     from wan_accel.arguments import WanTrainingArguments
-    from wan_accel.assemble import Techniques, assemble, launched_engine
+    from wan_accel.assemble import Techniques, assemble
     from wan_accel.lora import LoraSettings
     from wan_accel.models.loading import CheckpointReader
     from wan_accel.models.variants import VARIANTS
     from wan_accel.parallel.cpu import enable_fsdp_on_cpu
+    from wan_accel.parallel.engine import launched_engine
     from wan_accel.parallel.mesh import ParallelDims
     from wan_accel.parallel.replicas import launched_replicas
     from wan_accel.trainer import WanTrainer

@@ -20,7 +20,6 @@ from wan_accel.models.pair import ExpertPair
 from wan_accel.models.reader import TensorShapes
 from wan_accel.models.recompute import Policy, recompute_of
 from wan_accel.models.variants import Variant
-from wan_accel.parallel.engine import launched_engine as launched_engine
 from wan_accel.parallel.engine import launched_offload
 from wan_accel.parallel.fsdp import fully_shard_denoiser, offloads
 from wan_accel.parallel.mesh import ParallelDims

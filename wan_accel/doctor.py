@@ -65,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout, where JSON must be alone
             from accelerate import PartialState
 
-            from wan_accel.assemble import launched_engine
             from wan_accel.doctor_launch import examine_ranks
+            from wan_accel.parallel.engine import launched_engine
 
             findings = examine_ranks(job_of(arguments, overrides, engine=launched_engine()))
     except (ValueError, OSError) as error:

@@ -10,12 +10,12 @@ import os
 import sys
 from pathlib import Path
 
-from wan_accel.assemble import launched_engine
 from wan_accel.checkpoint import find_checkpoint
 from wan_accel.lora_files import holds_pair
 from wan_accel.models.hub import resolve_checkpoint
 from wan_accel.models.reader import CheckpointReader
 from wan_accel.models.variants import get_variant
+from wan_accel.parallel.engine import launched_engine
 from wan_accel.parallel.names import is_zero
 from wan_accel.recipe.commandline import parse_overrides, recipe_parser
 from wan_accel.recipe.load import load_recipe

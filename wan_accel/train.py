@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from wan_accel import checkpoint
 from wan_accel.arguments import WanTrainingArguments
-from wan_accel.assemble import assemble_experts, launched_engine, techniques_of
+from wan_accel.assemble import assemble_experts, techniques_of
 from wan_accel.checkpoint_writer import SaveError
 from wan_accel.data.collate import SampleError
 from wan_accel.data.latents import LatentsDataset
@@ -32,7 +32,7 @@ from wan_accel.models.variants import Expert, get_variant
 from wan_accel.nonfinite import NonFiniteError
 from wan_accel.parallel.agreement import announce_failure, announced_failure, from_main_rank
 from wan_accel.parallel.cpu import enable_fsdp_on_cpu
-from wan_accel.parallel.engine import launched_offload
+from wan_accel.parallel.engine import launched_engine, launched_offload
 from wan_accel.parallel.mesh import ParallelDims
 from wan_accel.parallel.names import is_zero
 from wan_accel.parallel.replicas import launched_replicas

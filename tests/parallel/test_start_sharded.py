@@ -18,10 +18,11 @@ def filled(folder: str) -> dict[str, torch.Tensor]:
     from torch.distributed.tensor import DTensor
 
     from wan_accel.arguments import WanTrainingArguments
-    from wan_accel.assemble import Techniques, assemble, launched_engine
+    from wan_accel.assemble import Techniques, assemble
     from wan_accel.lora import LoraSettings
     from wan_accel.models.variants import VARIANTS
     from wan_accel.parallel.cpu import enable_fsdp_on_cpu
+    from wan_accel.parallel.engine import launched_engine
     from wan_accel.parallel.mesh import ParallelDims
     from wan_accel.recipe.schema import Data, FusedLora, Method, Model, Recipe
     from wan_accel.weights import open_weights
